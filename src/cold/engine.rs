@@ -1,0 +1,456 @@
+//! One layer's cold experts, cut into units that threads claim one by one.
+//!
+//! Units of a request, in claiming order:
+//!
+//! | units | work | waits for |
+//! |---|---|---|
+//! | one a token | convert the activation row | - |
+//! | chunks of hidden rows, expert by expert | gate, up, activation; the last of an expert converts the result | all tokens converted |
+//! | chunks of output rows, expert by expert | down | the expert's hidden rows |
+//!
+//! A unit waits only for units before it in that order, and those are being worked on by threads that
+//! have claimed them: no deadlock, and no barrier that stops everyone for the slowest. An expert that
+//! several tokens share is one group, so its weights are read once.
+
+use std::{
+    cell::UnsafeCell,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use super::kernel::{Layer, Matrix};
+use crate::mailbox::{MAX_UNITS, Mailbox};
+
+/// Rows are cut at multiples of this many elements: vector body and scalar tail of ggml's activations
+/// round differently, so a chunk must start where the body does.
+const ROW_ALIGN: usize = 64;
+/// Weight bytes a unit should read: long enough to amortise a claim, short enough that no thread
+/// waits long for a straggler.
+const UNIT_BYTES: usize = 8 << 10;
+/// Spins between two looks at the clock (or a yield) while waiting.
+const SPINS: u32 = 256;
+
+/// A routed expert without a slot.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ColdRow {
+    /// The expert.
+    pub expert: u32,
+    /// The token of the ubatch.
+    pub token: u32,
+    /// Row of the result: `token * n_used + k`.
+    pub row: u32,
+}
+
+/// Why a request gave no rows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A unit panicked.
+    #[error("a worker failed while it computed a cold expert")]
+    Failed,
+    /// Not all units were reported within the bound.
+    #[error("the cold experts of a layer were not ready after {0:?}")]
+    TimedOut(Duration),
+}
+
+/// An expert and the rows that want it.
+#[derive(Clone, Copy, Default)]
+struct Group {
+    expert: usize,
+    /// Range in `Request::rows`.
+    first: usize,
+    end: usize,
+}
+
+/// What DISPATCH asks for. Written by one thread while no unit is open, read under a claim.
+#[derive(Default)]
+struct Request {
+    layer: usize,
+    rows: Vec<ColdRow>,
+    groups: Vec<Group>,
+    n_tokens: usize,
+    convert_units: usize,
+    up_rows: usize,
+    up_chunks: usize,
+    down_rows: usize,
+    down_chunks: usize,
+}
+
+/// A buffer that several threads write in parts that never overlap.
+struct Shared<T>(Box<[UnsafeCell<T>]>);
+
+// SAFETY: every element is written by the one unit that owns it and read only by units that waited
+// for that one (see the table above), or by JOIN after all are done.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T: Copy + Default> Shared<T> {
+    fn new(n: usize) -> Self {
+        Shared((0..n).map(|_| UnsafeCell::new(T::default())).collect())
+    }
+
+    fn at(&self, i: usize) -> *mut T {
+        self.0[i..].as_ptr().cast::<T>().cast_mut()
+    }
+}
+
+/// 64-byte aligned bytes: ggml's kernels may use aligned loads on converted activations.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Default)]
+struct Line([u64; 8]);
+
+struct Rows {
+    buf: Shared<Line>,
+    /// Lines from a row to the next.
+    stride: usize,
+}
+
+impl Rows {
+    fn new(n: usize, row_bytes: usize) -> Self {
+        let stride = row_bytes.div_ceil(size_of::<Line>()).max(1);
+        Rows { buf: Shared::new(n * stride), stride }
+    }
+
+    fn at(&self, row: usize) -> *mut u8 {
+        self.buf.at(row * self.stride).cast()
+    }
+
+    fn f32(&self, row: usize) -> *mut f32 {
+        self.at(row).cast()
+    }
+}
+
+/// The cold engine of one context.
+pub struct Engine {
+    layers: Arc<[Layer]>,
+    mailbox: Mailbox,
+    request: UnsafeCell<Request>,
+    epoch: AtomicU32,
+    total: AtomicU32,
+    /// Whether the last `post` opened a request; see there.
+    open: AtomicBool,
+    tokens_ready: AtomicU32,
+    /// Per group: chunks of hidden rows done.
+    up_done: Box<[AtomicU32]>,
+    /// Per group: 1 once the hidden rows are converted.
+    hidden_ready: Box<[AtomicU32]>,
+    /// Activations as the router's layer gives them, `[n_embd]` f32 a token.
+    act: Rows,
+    /// The same, converted for the first projections.
+    act_conv: Rows,
+    /// Gate result, then the activated hidden row, `[n_ff]` f32 a cold row.
+    hidden: Rows,
+    /// Up result, `[n_ff]` f32 a cold row.
+    up: Rows,
+    /// Hidden rows converted for the down projection.
+    hidden_conv: Rows,
+    /// Output, `[n_embd]` f32 a cold row.
+    out: Rows,
+    busy_ns: AtomicU64,
+}
+
+// SAFETY: `request` is written only by `post`, while no unit is open (its contract), and read only
+// under a claim; see `mailbox`. All else is atomics or `Shared`.
+unsafe impl Sync for Engine {}
+// SAFETY: nothing in it is bound to a thread.
+unsafe impl Send for Engine {}
+
+impl Engine {
+    /// An engine for ubatches of up to `max_tokens` tokens over `layers`.
+    pub fn new(layers: Arc<[Layer]>, max_tokens: usize) -> Self {
+        let max = |f: &dyn Fn(&Layer) -> usize| layers.iter().map(f).max().unwrap_or(0);
+        let rows = max_tokens * max(&|l| l.n_used);
+        let f32s = size_of::<f32>();
+        Engine {
+            mailbox: Mailbox::default(),
+            request: UnsafeCell::default(),
+            epoch: AtomicU32::new(0),
+            total: AtomicU32::new(0),
+            open: AtomicBool::new(false),
+            tokens_ready: AtomicU32::new(0),
+            up_done: (0..rows).map(|_| AtomicU32::new(0)).collect(),
+            hidden_ready: (0..rows).map(|_| AtomicU32::new(0)).collect(),
+            act: Rows::new(max_tokens, max(&|l| l.n_embd()) * f32s),
+            act_conv: Rows::new(max_tokens, max(&|l| l.up.act_row_bytes)),
+            hidden: Rows::new(rows, max(&|l| l.n_ff()) * f32s),
+            up: Rows::new(rows, max(&|l| l.n_ff()) * f32s),
+            hidden_conv: Rows::new(rows, max(&|l| l.down.act_row_bytes)),
+            out: Rows::new(rows, max(&|l| l.down.n_out) * f32s),
+            busy_ns: AtomicU64::new(0),
+            layers,
+        }
+    }
+
+    /// Time that threads spent in units since the last reset, in us, summed over threads.
+    pub fn busy_us(&self) -> u64 {
+        self.busy_ns.load(Ordering::Relaxed) / 1000
+    }
+
+    /// Sets the busy time to zero.
+    pub fn reset_busy(&self) {
+        self.busy_ns.store(0, Ordering::Relaxed);
+    }
+
+    /// Opens a request for `rows` of `layer`; `act` gives the activation row of a token.
+    ///
+    /// If the request before was given up and a thread still works on it, nothing is opened, and
+    /// [`Engine::finish`] fails: its memory is in use. Once that thread is through, all is well again.
+    ///
+    /// # Safety
+    /// Called by DISPATCH only, after the request before was waited for; `act(t)` is valid for
+    /// `n_embd` reads for every token of `rows`; experts are below the layer's count.
+    pub unsafe fn post(
+        &self,
+        layer: usize,
+        n_tokens: usize,
+        rows: &[ColdRow],
+        act: impl Fn(usize) -> *const f32,
+    ) {
+        let idle = self.mailbox.done() == self.total.load(Ordering::Relaxed);
+        self.open.store(idle, Ordering::Relaxed);
+        if !idle {
+            return;
+        }
+        let l = &self.layers[layer];
+        // SAFETY: all units are done, so nobody else looks at the request.
+        let req = unsafe { &mut *self.request.get() };
+        req.layer = layer;
+        req.n_tokens = n_tokens;
+        req.rows.clear();
+        req.rows.extend_from_slice(rows);
+        req.rows.sort_unstable();
+        req.groups.clear();
+        for (i, r) in req.rows.iter().enumerate() {
+            match req.groups.last_mut() {
+                Some(g) if g.expert == r.expert as usize => g.end = i + 1,
+                _ => req.groups.push(Group { expert: r.expert as usize, first: i, end: i + 1 }),
+            }
+        }
+        for t in 0..n_tokens {
+            // SAFETY: the caller vouches for the source; the row holds `n_embd` elements.
+            unsafe { std::ptr::copy_nonoverlapping(act(t), self.act.f32(t), l.n_embd()) };
+        }
+
+        req.convert_units = if l.up.from_float.is_some() { n_tokens } else { 0 };
+        let up_bytes =
+            l.up.row_bytes + l.gate.map_or(if l.merged { l.up.row_bytes } else { 0 }, |g| g.row_bytes);
+        (req.up_rows, req.up_chunks) = chunk(l.n_ff(), up_bytes);
+        (req.down_rows, req.down_chunks) = chunk(l.down.n_out, l.down.row_bytes);
+        let groups = req.groups.len();
+        while req.convert_units + groups * (req.up_chunks + req.down_chunks) > MAX_UNITS as usize {
+            req.up_rows *= 2;
+            req.down_rows *= 2;
+            req.up_chunks = l.n_ff().div_ceil(req.up_rows);
+            req.down_chunks = l.down.n_out.div_ceil(req.down_rows);
+        }
+        let total = req.convert_units + groups * (req.up_chunks + req.down_chunks);
+
+        self.tokens_ready.store(0, Ordering::Relaxed);
+        for g in 0..groups {
+            self.up_done[g].store(0, Ordering::Relaxed);
+            self.hidden_ready[g].store(0, Ordering::Relaxed);
+        }
+        let epoch = self.epoch.load(Ordering::Relaxed).wrapping_add(1);
+        self.epoch.store(epoch, Ordering::Relaxed);
+        self.total.store(total as u32, Ordering::Relaxed);
+        self.mailbox.post(epoch, total as u32);
+    }
+
+    /// Claims and computes units until there are none left; false when there was none.
+    pub fn run(&self) -> bool {
+        let Some(first) = self.mailbox.ticket.claim() else { return false };
+        let start = Instant::now();
+        let mut next = Some(first);
+        while let Some(claim) = next {
+            // SAFETY: the claim makes the request readable until `unit_done`.
+            let req = unsafe { &*self.request.get() };
+            let unit = claim.unit as usize;
+            if catch_unwind(AssertUnwindSafe(|| self.unit(req, unit))).is_err() {
+                self.mailbox.unit_failed();
+                self.release_dependents(req, unit);
+            }
+            // the clock is read before the last report, after which JOIN may look at the sum
+            next = self.mailbox.ticket.claim();
+            if next.is_none() {
+                self.busy_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            }
+            self.mailbox.unit_done();
+        }
+        true
+    }
+
+    /// Helps until the open request is complete; at most `bound` of waiting for other threads.
+    ///
+    /// # Errors
+    /// A unit failed, or is still running after `bound`: the rows must not be used.
+    pub fn finish(&self, bound: Duration) -> Result<(), EngineError> {
+        if !self.open.load(Ordering::Relaxed) {
+            return Err(EngineError::TimedOut(bound));
+        }
+        self.run();
+        let total = self.total.load(Ordering::Relaxed);
+        let mut since = None;
+        let mut spins = 0u32;
+        while self.mailbox.done() != total {
+            spins = spins.wrapping_add(1);
+            if spins % SPINS == 0 {
+                let start = *since.get_or_insert_with(Instant::now);
+                if start.elapsed() > bound {
+                    return Err(EngineError::TimedOut(bound));
+                }
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+        if self.mailbox.has_failed() { Err(EngineError::Failed) } else { Ok(()) }
+    }
+
+    /// Output row `row` (`token * n_used + k`) of the finished request, `[n_embd]`.
+    ///
+    /// # Safety
+    /// The request was finished and asked for this row; no other is posted while the slice lives.
+    pub unsafe fn output(&self, row: usize, n_embd: usize) -> &[f32] {
+        // SAFETY: the row holds `n_embd` elements and all writers are done.
+        unsafe { std::slice::from_raw_parts(self.out.f32(row), n_embd) }
+    }
+
+    fn unit(&self, req: &Request, unit: usize) {
+        let layer = &self.layers[req.layer];
+        if unit < req.convert_units {
+            self.convert(layer, unit);
+            self.tokens_ready.fetch_add(1, Ordering::Release);
+            return;
+        }
+        let unit = unit - req.convert_units;
+        let up_units = req.groups.len() * req.up_chunks;
+        if unit < up_units {
+            let (g, chunk) = (unit / req.up_chunks, unit % req.up_chunks);
+            wait_for(&self.tokens_ready, req.convert_units as u32);
+            self.hidden_rows(layer, req, g, chunk);
+            if self.up_done[g].fetch_add(1, Ordering::AcqRel) + 1 == req.up_chunks as u32 {
+                self.convert_hidden(layer, req, g);
+                self.hidden_ready[g].store(1, Ordering::Release);
+            }
+        } else {
+            let unit = unit - up_units;
+            let (g, chunk) = (unit / req.down_chunks, unit % req.down_chunks);
+            wait_for(&self.hidden_ready[g], 1);
+            self.output_rows(layer, req, g, chunk);
+        }
+    }
+
+    /// A unit that panicked still counts as done for those that wait for it; the request as a whole
+    /// is marked failed, so nobody reads its rows.
+    fn release_dependents(&self, req: &Request, unit: usize) {
+        if unit < req.convert_units {
+            self.tokens_ready.fetch_add(1, Ordering::Release);
+        } else if let Some(g) = unit.checked_sub(req.convert_units).map(|u| u / req.up_chunks) {
+            if g < req.groups.len() {
+                self.hidden_ready[g].store(1, Ordering::Release);
+            }
+        }
+    }
+
+    fn convert(&self, layer: &Layer, token: usize) {
+        if let Some(from_float) = layer.up.from_float {
+            // SAFETY: both rows hold `n_embd` elements in their format; this unit owns the target.
+            unsafe { from_float(self.act.f32(token), self.act_conv.at(token).cast(), layer.n_embd() as i64) };
+        }
+    }
+
+    /// The activation row of `token` as the first projections take it.
+    fn act_row(&self, m: &Matrix, token: usize) -> *const u8 {
+        if m.from_float.is_some() { self.act_conv.at(token) } else { self.act.at(token) }
+    }
+
+    fn hidden_rows(&self, layer: &Layer, req: &Request, g: usize, chunk: usize) {
+        let group = req.groups[g];
+        let rows = &req.rows[group.first..group.end];
+        let n_ff = layer.n_ff();
+        let first = chunk * req.up_rows;
+        let end = (first + req.up_rows).min(n_ff);
+        let project = |m: &Matrix, offset: usize, out: &Rows| {
+            for r in first..end {
+                let weights = m.row(group.expert, offset + r);
+                for row in rows {
+                    let act = self.act_row(m, row.token as usize);
+                    // SAFETY: expert and row are in range, the activation is converted for `m`
+                    // (gate and up share a type), and this unit owns these elements of `out`.
+                    unsafe { m.dot(weights, act, out.f32(row.row as usize).add(r)) };
+                }
+            }
+        };
+        match (&layer.gate, layer.merged) {
+            (Some(gate), _) => {
+                project(gate, 0, &self.hidden);
+                project(&layer.up, 0, &self.up);
+            }
+            (None, true) => {
+                project(&layer.up, 0, &self.hidden);
+                project(&layer.up, n_ff, &self.up);
+            }
+            (None, false) => project(&layer.up, 0, &self.hidden),
+        }
+        for row in rows {
+            let row = row.row as usize;
+            // SAFETY: both rows hold `n_ff` elements; `first` is a multiple of ROW_ALIGN; this unit
+            // owns `first..end`.
+            unsafe {
+                layer.activation.apply(
+                    end - first,
+                    self.hidden.f32(row).add(first),
+                    self.up.f32(row).add(first),
+                );
+            }
+        }
+    }
+
+    fn convert_hidden(&self, layer: &Layer, req: &Request, g: usize) {
+        let Some(from_float) = layer.down.from_float else { return };
+        let group = req.groups[g];
+        for row in &req.rows[group.first..group.end] {
+            let row = row.row as usize;
+            // SAFETY: all chunks of the group are done, and this thread is the last of them.
+            unsafe { from_float(self.hidden.f32(row), self.hidden_conv.at(row).cast(), layer.n_ff() as i64) };
+        }
+    }
+
+    fn output_rows(&self, layer: &Layer, req: &Request, g: usize, chunk: usize) {
+        let group = req.groups[g];
+        let m = &layer.down;
+        let first = chunk * req.down_rows;
+        let end = (first + req.down_rows).min(m.n_out);
+        for r in first..end {
+            let weights = m.row(group.expert, r);
+            for row in &req.rows[group.first..group.end] {
+                let row = row.row as usize;
+                let act = if m.from_float.is_some() { self.hidden_conv.at(row) } else { self.hidden.at(row) };
+                // SAFETY: as in `hidden_rows`.
+                unsafe { m.dot(weights, act, self.out.f32(row).add(r)) };
+            }
+        }
+    }
+}
+
+/// Rows of a chunk and number of chunks for `n` rows of `row_bytes`.
+fn chunk(n: usize, row_bytes: usize) -> (usize, usize) {
+    let rows = (UNIT_BYTES / row_bytes.max(1)).next_multiple_of(ROW_ALIGN).max(ROW_ALIGN);
+    (rows, n.div_ceil(rows))
+}
+
+/// Waits until `counter` reaches `target`. Whoever brings it there has claimed its unit and is running.
+fn wait_for(counter: &AtomicU32, target: u32) {
+    let mut spins = 0u32;
+    while counter.load(Ordering::Acquire) < target {
+        spins = spins.wrapping_add(1);
+        if spins % SPINS == 0 {
+            // more threads than cores: let the one we wait for run
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+}

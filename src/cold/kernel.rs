@@ -1,0 +1,142 @@
+//! The expert matrices of a layer and the row operations on them.
+
+use std::ffi::{c_int, c_void};
+
+/// ggml's dot product of one weight row with one converted activation row
+/// (`ggml_type_traits_cpu.vec_dot`, always with `nrc = 1` and strides 0).
+pub type VecDot =
+    unsafe extern "C" fn(c_int, *mut f32, usize, *const c_void, usize, *const c_void, usize, c_int);
+/// ggml's conversion of f32 activations to the format a dot product takes (`from_float`).
+pub type FromFloat = unsafe extern "C" fn(*const f32, *mut c_void, i64);
+/// `y[i] = act(x[i]) * g[i]`, ggml's vector function.
+pub type GatedFn = unsafe extern "C" fn(c_int, *mut f32, *const f32, *const f32);
+/// `y[i] = act(x[i])`, ggml's vector function.
+pub type UnaryFn = unsafe extern "C" fn(c_int, *mut f32, *const f32);
+
+/// One projection of all experts of a layer in host memory: `[n_in, n_out, n_expert]` in ggml's order.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    /// First byte of expert 0.
+    pub data: *const u8,
+    /// ggml type of the weights; only compared, to tell slot classes apart.
+    pub ty: i32,
+    /// Elements of a row.
+    pub n_in: usize,
+    /// Rows of an expert.
+    pub n_out: usize,
+    /// Bytes from a row to the next.
+    pub row_bytes: usize,
+    /// Bytes from an expert to the next.
+    pub expert_bytes: usize,
+    /// Dot product of this weight type.
+    pub vec_dot: VecDot,
+    /// Conversion of an activation row; `None` when the dot product takes f32 as it is.
+    pub from_float: Option<FromFloat>,
+    /// Bytes of a converted activation row of `n_in` elements.
+    pub act_row_bytes: usize,
+}
+
+// SAFETY: `data` is only read, and the model that owns it outlives every user: the layer is dropped
+// with the pool, which the bridge frees before the weights.
+unsafe impl Send for Matrix {}
+// SAFETY: as above; all access is read-only.
+unsafe impl Sync for Matrix {}
+
+impl Matrix {
+    /// First byte of `row` of `expert`.
+    pub fn row(&self, expert: usize, row: usize) -> *const u8 {
+        debug_assert!(row < self.n_out);
+        self.data.wrapping_add(expert * self.expert_bytes + row * self.row_bytes)
+    }
+
+    /// `out[0] = row . act`.
+    ///
+    /// # Safety
+    /// `weights` points to a row of this matrix, `act` to an activation row converted for it.
+    #[inline]
+    pub unsafe fn dot(&self, weights: *const u8, act: *const u8, out: *mut f32) {
+        // SAFETY: the caller vouches for the rows, the bridge for a `vec_dot` that fits the type.
+        unsafe { (self.vec_dot)(self.n_in as c_int, out, 0, weights.cast(), 0, act.cast(), 0, 1) }
+    }
+}
+
+/// What lies between the first and the last projection.
+#[derive(Clone, Copy, Debug)]
+pub enum Activation {
+    /// `act(gate) * up`: SwiGLU, GeGLU.
+    Gated(GatedFn),
+    /// `act(up)`, no gate matrix.
+    Unary(UnaryFn),
+    /// `relu(up)^2`, no gate matrix.
+    ReluSqr,
+}
+
+impl Activation {
+    /// Applies the activation to `n` elements: `gate` is read and overwritten with the result.
+    ///
+    /// ggml runs a vector body and a scalar tail that round differently, so a part of a row gives the
+    /// bits of the whole row only if it starts at a multiple of 64 elements; the engine cuts rows so.
+    ///
+    /// # Safety
+    /// `x` is valid for `n` reads and writes; `up` for `n` reads when the activation is gated.
+    pub unsafe fn apply(&self, n: usize, x: *mut f32, up: *const f32) {
+        match self {
+            // SAFETY: ggml loads an element of both operands before it stores the result's, so the
+            // output may be the first operand; the caller vouches for the lengths.
+            Activation::Gated(f) => unsafe { f(n as c_int, x, x, up) },
+            // SAFETY: as above.
+            Activation::Unary(f) => unsafe { f(n as c_int, x, x) },
+            Activation::ReluSqr => {
+                // SAFETY: the caller vouches for `n` elements.
+                for v in unsafe { std::slice::from_raw_parts_mut(x, n) } {
+                    // written as ggml writes relu, so that NaN becomes 0 here as well
+                    let r = if *v > 0.0 { *v } else { 0.0 };
+                    *v = r * r;
+                }
+            }
+        }
+    }
+}
+
+/// The experts of one MoE layer.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Layer index in the model, for messages and traces.
+    pub il: i32,
+    /// Experts of the layer.
+    pub n_expert: usize,
+    /// Experts a token is routed to.
+    pub n_used: usize,
+    /// Gate projection; `None` when gate and up are one matrix, or there is no gate.
+    pub gate: Option<Matrix>,
+    /// Up projection; with `merged`, gate rows first, up rows after them.
+    pub up: Matrix,
+    /// Down projection.
+    pub down: Matrix,
+    /// Whether `up` holds both projections (`ffn_gate_up_exps`).
+    pub merged: bool,
+    /// The activation between them.
+    pub activation: Activation,
+}
+
+impl Layer {
+    /// Width of the expert's hidden layer.
+    pub fn n_ff(&self) -> usize {
+        self.down.n_in
+    }
+
+    /// Width of the residual stream.
+    pub fn n_embd(&self) -> usize {
+        self.up.n_in
+    }
+
+    /// The matrices of the layer in the order gate, up, down.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.gate.iter().chain([&self.up, &self.down])
+    }
+
+    /// Bytes of one expert over all its matrices.
+    pub fn expert_bytes(&self) -> usize {
+        self.matrices().map(|m| m.expert_bytes).sum()
+    }
+}

@@ -1,0 +1,195 @@
+//! The worker threads: they spin while decode runs and park when it stops.
+//!
+//! A worker takes no lock and makes no call into the driver while it spins: JOIN may be waiting for it
+//! with a GPU behind it. Locks are taken only to park, to wake, and to learn of new engines.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::engine::Engine;
+
+/// How long a worker spins without work after the last step ended. Sampling, tokenising and the
+/// server's own loop fit into it, so that decode finds its workers awake.
+const LINGER: Duration = Duration::from_millis(2);
+const SPINS_PER_LOOK: u32 = 64;
+
+struct State {
+    /// Engines to serve; `version` counts changes.
+    engines: Mutex<Vec<Arc<Engine>>>,
+    version: AtomicU64,
+    /// Steps running now, over all contexts.
+    active: AtomicU32,
+    stop: AtomicBool,
+    parked: Mutex<u32>,
+    wake: Condvar,
+}
+
+/// Cold-engine threads of one model, shared by its contexts.
+pub struct WorkerPool {
+    state: Arc<State>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl WorkerPool {
+    /// Starts `n` workers. With 0 there are none, and the threads that run JOIN do all the work.
+    ///
+    /// # Errors
+    /// When the system gives no thread; those already started are stopped again.
+    pub fn new(n: usize) -> std::io::Result<Self> {
+        let state = Arc::new(State {
+            engines: Mutex::default(),
+            version: AtomicU64::new(0),
+            active: AtomicU32::new(0),
+            stop: AtomicBool::new(false),
+            parked: Mutex::new(0),
+            wake: Condvar::new(),
+        });
+        let mut pool = WorkerPool { state, threads: Vec::with_capacity(n) };
+        for i in 0..n {
+            let state = pool.state.clone();
+            let thread = std::thread::Builder::new().name(format!("moe-hot-{i}"));
+            pool.threads.push(thread.spawn(move || worker(&state))?);
+        }
+        Ok(pool)
+    }
+
+    /// Number of threads.
+    pub fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Whether there are no workers.
+    pub fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// Threads that are parked at the moment.
+    pub fn parked(&self) -> u32 {
+        *self.state.parked.lock()
+    }
+
+    /// Lets the workers serve `engine`.
+    pub fn attach(&self, engine: Arc<Engine>) {
+        self.state.engines.lock().push(engine);
+        self.state.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// No worker touches `engine` for a request that is opened after this returns.
+    pub fn detach(&self, engine: &Arc<Engine>) {
+        self.state.engines.lock().retain(|e| !Arc::ptr_eq(e, engine));
+        self.state.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// A step begins: wakes the workers.
+    pub fn step_begin(&self) {
+        if self.is_empty() {
+            return;
+        }
+        self.state.active.fetch_add(1, Ordering::SeqCst);
+        if *self.state.parked.lock() > 0 {
+            self.state.wake.notify_all();
+        }
+    }
+
+    /// A step ended; workers park a little later if no other begins.
+    pub fn step_end(&self) {
+        if !self.is_empty() {
+            self.state.active.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for WorkerPool {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::SeqCst);
+        {
+            // under the lock, so that no worker is between its last look and its wait
+            let _parked = self.state.parked.lock();
+            self.state.wake.notify_all();
+        }
+        for t in self.threads.drain(..) {
+            // a worker catches what its units throw; there is nothing to hand on
+            let _ = t.join();
+        }
+    }
+}
+
+fn worker(state: &State) {
+    let mut engines = Vec::new();
+    let mut version = u64::MAX;
+    let mut idle_since: Option<Instant> = None;
+    while !state.stop.load(Ordering::Relaxed) {
+        let now = state.version.load(Ordering::Acquire);
+        if now != version {
+            engines.clone_from(&state.engines.lock());
+            version = now;
+        }
+        let mut worked = false;
+        for e in &engines {
+            worked |= e.run();
+        }
+        if worked {
+            idle_since = None;
+            continue;
+        }
+        for _ in 0..SPINS_PER_LOOK {
+            std::hint::spin_loop();
+        }
+        if state.active.load(Ordering::Relaxed) > 0 {
+            idle_since = None;
+        } else if idle_since.get_or_insert_with(Instant::now).elapsed() > LINGER {
+            park(state);
+            idle_since = None;
+        }
+    }
+}
+
+fn park(state: &State) {
+    let mut parked = state.parked.lock();
+    *parked += 1;
+    while state.active.load(Ordering::SeqCst) == 0 && !state.stop.load(Ordering::SeqCst) {
+        state.wake.wait(&mut parked);
+    }
+    *parked -= 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn eventually(what: &str, ok: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !ok() {
+            assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn workers_park_when_decode_stops_and_wake_when_it_runs() {
+        let pool = WorkerPool::new(2).unwrap();
+        eventually("park at the start", || pool.parked() == 2);
+        pool.step_begin();
+        eventually("wake for a step", || pool.parked() == 0);
+        std::thread::sleep(LINGER * 3);
+        assert_eq!(pool.parked(), 0, "no parking while a step runs");
+        pool.step_end();
+        eventually("park after the step", || pool.parked() == 2);
+    }
+
+    #[test]
+    fn an_empty_pool_needs_no_steps() {
+        let pool = WorkerPool::new(0).unwrap();
+        pool.step_begin();
+        pool.step_end();
+        assert_eq!((pool.len(), pool.parked()), (0, 0));
+    }
+}

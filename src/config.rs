@@ -1,0 +1,333 @@
+//! The options: names, environment variables, defaults and what is allowed, each in one place.
+//!
+//! Options belong to the process. A value that was set wins over the environment, and that over the
+//! default. A model takes a snapshot when its pool is made.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use parking_lot::Mutex;
+
+use crate::policy::PolicyKind;
+
+/// A refused value or name.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The value of an option is not allowed.
+    #[error("{option}: '{value}' is not allowed, expected {allowed}")]
+    Value {
+        /// The flag or the environment variable that the value came from.
+        option: String,
+        /// The value.
+        value: String,
+        /// What would be.
+        allowed: String,
+    },
+    /// There is no such option.
+    #[error("there is no option '{name}', expected {}", names())]
+    Unknown {
+        /// What was asked for.
+        name: String,
+    },
+}
+
+/// The options of one pool.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// Slots a layer on average; 0: off.
+    pub k: u32,
+    /// Decoded tokens between two plans.
+    pub rebalance_interval: u32,
+    /// Ubatches of more tokens take the stock graph; `None`: as the device says.
+    pub pp_bypass: Option<u32>,
+    /// Who decides what gets a slot.
+    pub policy: PolicyKind,
+    /// Cold-engine workers; `None`: a core each that ggml leaves.
+    pub threads: Option<u32>,
+    /// Where the routing trace goes.
+    pub trace: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            k: 0,
+            rebalance_interval: 40,
+            pp_bypass: None,
+            policy: PolicyKind::default(),
+            threads: None,
+            trace: None,
+        }
+    }
+}
+
+/// An option of the command line.
+struct Opt {
+    /// Flag without dashes.
+    name: &'static str,
+    env: &'static str,
+    /// Puts a value into the configuration, or says what is allowed.
+    parse: fn(&mut Config, &str) -> Result<(), String>,
+    show: fn(&Config) -> String,
+}
+
+/// Most tokens between two plans: a plan a million tokens is as good as none.
+const MAX_INTERVAL: u32 = 1 << 20;
+const MAX_THREADS: u32 = 512;
+
+const OPTIONS: [Opt; 6] = [
+    Opt {
+        name: "moe-hot-k",
+        env: "LLAMA_ARG_MOE_HOT_K",
+        parse: |c, v| {
+            c.k = v.parse().map_err(|_| "a number of slots per layer, 0 (off) or more".to_string())?;
+            Ok(())
+        },
+        show: |c| c.k.to_string(),
+    },
+    Opt {
+        name: "moe-hot-rebalance-interval",
+        env: "LLAMA_ARG_MOE_HOT_REBALANCE_INTERVAL",
+        parse: |c, v| {
+            let n = v.parse().ok().filter(|n| (1..=MAX_INTERVAL).contains(n));
+            c.rebalance_interval = n.ok_or(format!("a number of tokens from 1 to {MAX_INTERVAL}"))?;
+            Ok(())
+        },
+        show: |c| c.rebalance_interval.to_string(),
+    },
+    Opt {
+        name: "moe-hot-pp-bypass",
+        env: "LLAMA_MOE_HOT_PP_BYPASS_N_TOKENS",
+        parse: |c, v| {
+            if v != "auto" {
+                let n = v.parse().ok().filter(|n| *n >= 1u32);
+                c.pp_bypass = Some(n.ok_or("auto or a number of tokens, 1 or more")?);
+            }
+            Ok(())
+        },
+        show: |c| c.pp_bypass.map_or("auto".into(), |n| n.to_string()),
+    },
+    Opt {
+        name: "moe-hot-policy",
+        env: "LLAMA_ARG_MOE_HOT_POLICY",
+        parse: |c, v| {
+            c.policy = v.parse().map_err(|()| format!("one of {}", PolicyKind::names()))?;
+            Ok(())
+        },
+        show: |c| c.policy.to_string(),
+    },
+    Opt {
+        name: "moe-hot-threads",
+        env: "LLAMA_ARG_MOE_HOT_THREADS",
+        parse: |c, v| {
+            if v != "auto" {
+                let n = v.parse().ok().filter(|n| *n <= MAX_THREADS);
+                c.threads = Some(n.ok_or(format!("auto or a number of threads from 0 to {MAX_THREADS}"))?);
+            }
+            Ok(())
+        },
+        show: |c| c.threads.map_or("auto".into(), |n| n.to_string()),
+    },
+    Opt {
+        name: "moe-hot-trace",
+        env: "LLAMA_ARG_MOE_HOT_TRACE",
+        parse: |c, v| {
+            if v.is_empty() {
+                return Err("the path of a file to write".into());
+            }
+            c.trace = Some(v.into());
+            Ok(())
+        },
+        show: |c| c.trace.as_ref().map_or(String::new(), |p| p.display().to_string()),
+    },
+];
+
+fn names() -> String {
+    OPTIONS.map(|o| o.name).join(", ")
+}
+
+impl Opt {
+    fn find(name: &str) -> Result<&'static Opt, ConfigError> {
+        OPTIONS.iter().find(|o| o.name == name).ok_or_else(|| ConfigError::Unknown { name: name.into() })
+    }
+
+    fn apply(&self, config: &mut Config, option: String, value: &str) -> Result<(), ConfigError> {
+        (self.parse)(config, value).map_err(|allowed| ConfigError::Value {
+            option,
+            value: value.into(),
+            allowed,
+        })
+    }
+}
+
+/// Values that were set by name.
+#[derive(Default)]
+pub struct Options {
+    set: BTreeMap<&'static str, String>,
+}
+
+impl Options {
+    /// No values.
+    pub const fn new() -> Self {
+        Options { set: BTreeMap::new() }
+    }
+
+    /// Sets an option by its flag name without dashes; `None`: back to environment or default.
+    ///
+    /// # Errors
+    /// An unknown name, or a value that is not allowed; nothing has changed then.
+    pub fn set(&mut self, name: &str, value: Option<&str>) -> Result<(), ConfigError> {
+        let opt = Opt::find(name)?;
+        match value {
+            Some(v) => {
+                opt.apply(&mut Config::default(), format!("--{name}"), v)?;
+                self.set.insert(opt.name, v.into());
+            }
+            None => {
+                self.set.remove(opt.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// All options in effect; `env` looks up an environment variable.
+    ///
+    /// # Errors
+    /// A value in the environment that is not allowed.
+    pub fn snapshot(&self, env: impl Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
+        let mut config = Config::default();
+        for opt in &OPTIONS {
+            if let Some(v) = self.set.get(opt.name) {
+                opt.apply(&mut config, format!("--{}", opt.name), v)?;
+            } else if let Some(v) = env(opt.env) {
+                opt.apply(&mut config, opt.env.into(), &v)?;
+            }
+        }
+        Ok(config)
+    }
+
+    /// The value of one option in effect, as text.
+    ///
+    /// # Errors
+    /// An unknown name, or a value in the environment that is not allowed.
+    pub fn get(&self, name: &str, env: impl Fn(&str) -> Option<String>) -> Result<String, ConfigError> {
+        let opt = Opt::find(name)?;
+        Ok((opt.show)(&self.snapshot(env)?))
+    }
+}
+
+static PROCESS: Mutex<Options> = Mutex::new(Options::new());
+
+fn process_env(name: &str) -> Option<String> {
+    std::env::var_os(name).map(|v| v.to_string_lossy().into_owned())
+}
+
+/// [`Options::set`] on the options of the process.
+///
+/// # Errors
+/// As there.
+pub fn set(name: &str, value: Option<&str>) -> Result<(), ConfigError> {
+    PROCESS.lock().set(name, value)
+}
+
+/// [`Options::get`] on the options of the process.
+///
+/// # Errors
+/// As there.
+pub fn get(name: &str) -> Result<String, ConfigError> {
+    PROCESS.lock().get(name, process_env)
+}
+
+/// [`Options::snapshot`] of the options of the process.
+///
+/// # Errors
+/// As there.
+pub fn snapshot() -> Result<Config, ConfigError> {
+    PROCESS.lock().snapshot(process_env)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn no_env(_: &str) -> Option<String> {
+        None
+    }
+
+    #[test]
+    fn every_way_to_be_wrong_has_its_message() {
+        let k = "a number of slots per layer, 0 (off) or more";
+        let interval = "a number of tokens from 1 to 1048576";
+        let cases = [
+            ("moe-hot-k", "-3", k),
+            ("moe-hot-k", "abc", k),
+            ("moe-hot-k", "", k),
+            ("moe-hot-k", "4294967296", k),
+            ("moe-hot-k", "1.5", k),
+            ("moe-hot-rebalance-interval", "0", interval),
+            ("moe-hot-rebalance-interval", "1048577", interval),
+            ("moe-hot-rebalance-interval", "often", interval),
+            ("moe-hot-pp-bypass", "0", "auto or a number of tokens, 1 or more"),
+            ("moe-hot-policy", "fifo", "one of decay, lru, lfu, static"),
+            ("moe-hot-threads", "-1", "auto or a number of threads from 0 to 512"),
+            ("moe-hot-threads", "513", "auto or a number of threads from 0 to 512"),
+            ("moe-hot-trace", "", "the path of a file to write"),
+        ];
+        for (name, value, allowed) in cases {
+            let mut o = Options::new();
+            let e = o.set(name, Some(value)).unwrap_err();
+            assert_eq!(e.to_string(), format!("--{name}: '{value}' is not allowed, expected {allowed}"));
+            assert_eq!(o.snapshot(no_env).unwrap(), Config::default(), "nothing has changed");
+
+            let opt = OPTIONS.iter().find(|o| o.name == name).unwrap();
+            let env = |n: &str| (n == opt.env).then(|| value.to_string());
+            let e = o.snapshot(env).unwrap_err();
+            assert_eq!(e.to_string(), format!("{}: '{value}' is not allowed, expected {allowed}", opt.env));
+        }
+    }
+
+    #[test]
+    fn an_unknown_option_is_refused_with_the_known_ones() {
+        let e = Options::new().set("moe-hot-size", Some("1")).unwrap_err().to_string();
+        assert!(e.starts_with("there is no option 'moe-hot-size', expected moe-hot-k, "), "{e}");
+    }
+
+    #[test]
+    fn a_set_value_wins_over_the_environment_and_that_over_the_default() {
+        let env = |n: &str| (n == "LLAMA_ARG_MOE_HOT_K").then(|| "16".to_string());
+        let mut o = Options::new();
+        assert_eq!(o.snapshot(no_env).unwrap().k, 0);
+        assert_eq!(o.snapshot(env).unwrap().k, 16);
+        o.set("moe-hot-k", Some("8")).unwrap();
+        assert_eq!(o.snapshot(env).unwrap().k, 8);
+        assert_eq!(o.get("moe-hot-k", env).unwrap(), "8");
+        o.set("moe-hot-k", None).unwrap();
+        assert_eq!(o.snapshot(env).unwrap().k, 16);
+    }
+
+    #[test]
+    fn all_values_arrive() {
+        let mut o = Options::new();
+        for (name, value) in [
+            ("moe-hot-k", "16"),
+            ("moe-hot-rebalance-interval", "1"),
+            ("moe-hot-pp-bypass", "4"),
+            ("moe-hot-policy", "lru"),
+            ("moe-hot-threads", "0"),
+            ("moe-hot-trace", "/tmp/t"),
+        ] {
+            o.set(name, Some(value)).unwrap();
+            assert_eq!(o.get(name, no_env).unwrap(), value);
+        }
+        let expected = Config {
+            k: 16,
+            rebalance_interval: 1,
+            pp_bypass: Some(4),
+            policy: PolicyKind::Lru,
+            threads: Some(0),
+            trace: Some("/tmp/t".into()),
+        };
+        assert_eq!(o.snapshot(no_env).unwrap(), expected);
+        o.set("moe-hot-threads", Some("auto")).unwrap();
+        assert_eq!(o.snapshot(no_env).unwrap().threads, None);
+    }
+}

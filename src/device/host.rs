@@ -1,0 +1,147 @@
+//! Slots in host memory; DISPATCH and JOIN run on ggml's CPU threads.
+//!
+//! The reference device: everything but the kernels is what the GPU path runs on, and its output must
+//! equal stock llama.cpp bit for bit.
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc},
+    ptr::NonNull,
+    slice,
+};
+
+use crate::{
+    cold::{ColdRow, EngineError},
+    context::Context,
+    ggml::ggml_tensor,
+};
+
+/// Largest ubatch that takes the hot path, in tokens.
+///
+/// Up to 7 rows of an expert ggml's CPU backend computes each with `vec_dot`, as the cold engine does.
+/// At 8 rows it changes to a tiled kernel for K-quants, which adds in another order: the two would no
+/// longer agree to the last bit (ggml-cpu/tiled/tiled.cpp, `ggml_tiled_min_batch`).
+pub const MAX_TOKENS: u32 = 7;
+
+/// Page size: ggml wants 32 bytes, huge pages and registration want pages.
+const ALIGN: usize = 4096;
+
+/// Zeroed memory of fixed address.
+pub struct SlotMemory {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: plain memory; who may touch which part when is the business of `slots`.
+unsafe impl Send for SlotMemory {}
+// SAFETY: as above.
+unsafe impl Sync for SlotMemory {}
+
+impl SlotMemory {
+    /// `bytes` zeroed bytes, or `None` when there is no such memory.
+    pub fn new(bytes: usize) -> Option<Self> {
+        let layout = Layout::from_size_align(bytes.max(1), ALIGN).ok()?;
+        // SAFETY: the size is not zero.
+        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(SlotMemory { ptr, layout })
+    }
+
+    /// First byte.
+    pub fn ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.layout.size()
+    }
+}
+
+impl Drop for SlotMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+    }
+}
+
+/// `(ne, nb)` of a tensor as sizes.
+fn shape(t: &ggml_tensor) -> ([usize; 4], [usize; 4]) {
+    (t.ne.map(|n| n as usize), t.nb)
+}
+
+/// DISPATCH: `slot_ids[n_used, n_tokens] = map[selected]`, -1 where there is no slot; counts every id;
+/// posts what is cold. Sources: activations `[n_embd, 1, n_tokens]` f32, selected experts
+/// `[n_used, n_tokens]` i32 (rows `nb[1]` apart: a view of the sorted ids of all experts).
+///
+/// # Safety
+/// `dst` and its sources are as the bridge builds them and have their data.
+pub unsafe fn dispatch(ctx: &Context, layer: usize, dst: &ggml_tensor) {
+    // SAFETY: the bridge gives both sources.
+    let (cur, selected) = unsafe { (&*dst.src[0], &*dst.src[1]) };
+    let ([n_used, n_tokens, ..], nb) = shape(selected);
+    let (_, cur_nb) = shape(cur);
+    // SAFETY: DISPATCH's result is contiguous and only this thread writes it.
+    let slot_ids = unsafe { slice::from_raw_parts_mut(dst.data.cast::<i32>(), n_used * n_tokens) };
+
+    let model = ctx.model();
+    let map = model.map(layer);
+    let mut usage = ctx.usage();
+    let mut cold = ctx.cold_list();
+    cold.clear();
+    for t in 0..n_tokens {
+        // SAFETY: row `t` of the selected experts holds `n_used` ids.
+        let ids =
+            unsafe { slice::from_raw_parts(selected.data.cast::<u8>().add(t * nb[1]).cast::<i32>(), n_used) };
+        for (k, &id) in ids.iter().enumerate() {
+            let row = t * n_used + k;
+            let slot = map.slot(id as usize);
+            slot_ids[row] = slot;
+            usage.ids[layer].push(id as u16);
+            if slot < 0 {
+                cold.push(ColdRow { expert: id as u32, token: t as u32, row: row as u32 });
+            }
+        }
+    }
+    usage.misses += cold.len() as u64;
+    usage.hits += (n_used * n_tokens - cold.len()) as u64;
+    drop(usage);
+    if !cold.is_empty() {
+        // SAFETY: nodes run in order, so the request before was finished by its JOIN; the activations
+        // are `n_tokens` rows of `n_embd`.
+        unsafe {
+            ctx.engine().post(layer, n_tokens, &cold, |t| cur.data.cast::<u8>().add(t * cur_nb[2]).cast())
+        };
+    }
+}
+
+/// JOIN, in place on the down projection's output `[n_embd, n_used, n_tokens]` f32: helps until the
+/// cold rows of the layer are there, then fills exactly those. Every thread of the graph calls it with
+/// its index `ith` of `nth`.
+///
+/// # Errors
+/// When the cold engine failed or gave up; the cold rows are zero then, and the step must fail.
+///
+/// # Safety
+/// `dst` is the bridge's JOIN node: `src[0]` the experts, `src[1]` the slot ids of the layer's DISPATCH.
+pub unsafe fn join(ctx: &Context, dst: &ggml_tensor, ith: usize, nth: usize) -> Result<(), EngineError> {
+    // SAFETY: the bridge gives both sources.
+    let slot_ids = unsafe { &*dst.src[1] };
+    let ([n_embd, n_used, n_tokens, _], nb) = shape(dst);
+    // SAFETY: written by DISPATCH before.
+    let slot_ids = unsafe { slice::from_raw_parts(slot_ids.data.cast::<i32>(), n_used * n_tokens) };
+    if slot_ids.iter().all(|s| *s >= 0) {
+        return Ok(());
+    }
+    let ready = ctx.wait_cold(ith == 0);
+    for (row, _) in slot_ids.iter().enumerate().filter(|(_, s)| **s < 0).skip(ith).step_by(nth) {
+        let at = (row / n_used) * nb[2] + (row % n_used) * nb[1];
+        // SAFETY: the row lies in the tensor, and only this thread writes it.
+        let out = unsafe { slice::from_raw_parts_mut(dst.data.cast::<u8>().add(at).cast::<f32>(), n_embd) };
+        match ready {
+            // SAFETY: the request is finished and asked for every cold row; the next is posted by the
+            // next DISPATCH, after all threads have left this node.
+            Ok(()) => out.copy_from_slice(unsafe { ctx.engine().output(row, n_embd) }),
+            Err(_) => out.fill(0.0),
+        }
+    }
+    ready
+}

@@ -1,0 +1,3 @@
+//! Where slots live and who runs the two node kernels.
+
+pub mod host;

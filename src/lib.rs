@@ -1,0 +1,29 @@
+//! moe-hot: keeps the experts in use in fast memory while llama.cpp decodes, computes the others beside
+//! it, and follows the text as it moves.
+//!
+//! `ffi` is the door; behind it `registry` finds a `model`'s pool (`slots`, `policy`, `transfer`), and
+//! each llama_context has a `context` with its `mailbox` and its engine (`cold`). `device` runs the two
+//! nodes that llama.cpp's graph gets for each MoE layer.
+
+#![warn(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn)]
+
+pub mod cold;
+pub mod config;
+pub mod context;
+pub mod device;
+pub mod ffi;
+pub mod ggml;
+#[cfg(feature = "cli")]
+pub mod heatmap;
+pub mod log;
+pub mod mailbox;
+pub mod model;
+pub mod policy;
+pub mod registry;
+pub mod replay;
+pub mod slots;
+pub mod telemetry;
+pub mod trace;
+pub mod transfer;
+pub mod usage;

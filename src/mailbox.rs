@@ -1,0 +1,160 @@
+//! The hand-off of one layer's cold experts: a request that DISPATCH posts, rows that the workers
+//! write, and the counters by which both sides know where the other is.
+//!
+//! A context has one mailbox and at most one request is open at a time, because a graph runs its
+//! nodes in order: DISPATCH(l), ..., JOIN(l), DISPATCH(l+1). Addresses never change while the context
+//! lives. The protocol, in the order in which things happen:
+//!
+//! 1. DISPATCH fills the request (plain memory) and opens the [`Ticket`] with a new epoch.
+//! 2. Any thread claims a unit by moving the ticket on. A successful claim (acquire) makes the request
+//!    readable, and it stays as it is until that unit is reported done: the request cannot complete
+//!    without it, and only a complete request is ever overwritten. Nobody reads it without a claim.
+//! 3. Each unit ends with `done += 1` (release).
+//! 4. JOIN sees `done == total` (acquire), and with it every row.
+//!
+//! This is also why the ticket carries the total: a thread that finds nothing to claim must not have
+//! touched the request.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crossbeam_utils::CachePadded;
+
+/// Most units of one request; the ticket packs the count into 16 bits.
+pub const MAX_UNITS: u32 = u16::MAX as u32;
+
+/// `epoch:32 | next:16 | total:16`. A unit is claimed by moving `next` on.
+#[derive(Default)]
+pub struct Ticket(AtomicU64);
+
+/// A claimed unit of work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Claim {
+    /// The request it belongs to.
+    pub epoch: u32,
+    /// Index of the unit in its request.
+    pub unit: u32,
+}
+
+impl Ticket {
+    fn pack(epoch: u32, next: u32, total: u32) -> u64 {
+        u64::from(epoch) << 32 | u64::from(next) << 16 | u64::from(total)
+    }
+
+    fn unpack(v: u64) -> (u32, u32, u32) {
+        ((v >> 32) as u32, (v >> 16) as u32 & 0xffff, v as u32 & 0xffff)
+    }
+
+    /// Offers `total` units under `epoch`. The request must be complete in memory.
+    pub fn open(&self, epoch: u32, total: u32) {
+        debug_assert!(total <= MAX_UNITS);
+        self.0.store(Self::pack(epoch, 0, total), Ordering::Release);
+    }
+
+    /// Takes the next unit, or `None` when all are taken.
+    pub fn claim(&self) -> Option<Claim> {
+        let mut v = self.0.load(Ordering::Relaxed);
+        loop {
+            let (epoch, next, total) = Self::unpack(v);
+            if next >= total {
+                return None;
+            }
+            match self.0.compare_exchange_weak(
+                v,
+                Self::pack(epoch, next + 1, total),
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return Some(Claim { epoch, unit: next }),
+                Err(now) => v = now,
+            }
+        }
+    }
+}
+
+/// The counters of a mailbox, each on a cache line of its own: workers hammer `ticket` while JOIN
+/// watches `done`.
+#[derive(Default)]
+pub struct Mailbox {
+    /// Which units of which request are still to be had.
+    pub ticket: CachePadded<Ticket>,
+    done: CachePadded<AtomicU32>,
+    failed: CachePadded<AtomicU32>,
+}
+
+impl Mailbox {
+    /// Opens request `epoch` with `total` units. Only DISPATCH calls this, and only after the request
+    /// before it was complete or given up.
+    pub fn post(&self, epoch: u32, total: u32) {
+        self.done.store(0, Ordering::Relaxed);
+        self.failed.store(0, Ordering::Relaxed);
+        self.ticket.open(epoch, total);
+    }
+
+    /// Reports a claimed unit as finished; what the thread wrote before is visible to JOIN.
+    pub fn unit_done(&self) {
+        self.done.fetch_add(1, Ordering::Release);
+    }
+
+    /// Marks the request as failed. The unit must still be reported with [`Mailbox::unit_done`].
+    pub fn unit_failed(&self) {
+        self.failed.store(1, Ordering::Relaxed);
+    }
+
+    /// Units reported done; once it equals the total, every row of the request is readable.
+    pub fn done(&self) -> u32 {
+        self.done.load(Ordering::Acquire)
+    }
+
+    /// Whether a unit failed. Meaningful once all are done.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed) != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_unit_is_claimed_once() {
+        let t = Ticket::default();
+        assert_eq!(t.claim(), None);
+        t.open(7, 3);
+        let got: Vec<_> = std::iter::from_fn(|| t.claim()).collect();
+        assert_eq!(got, (0..3).map(|unit| Claim { epoch: 7, unit }).collect::<Vec<_>>());
+        t.open(8, 1);
+        assert_eq!(t.claim(), Some(Claim { epoch: 8, unit: 0 }));
+        assert_eq!(t.claim(), None);
+    }
+
+    #[test]
+    fn the_largest_request_fits() {
+        let t = Ticket::default();
+        t.open(u32::MAX, MAX_UNITS);
+        for unit in 0..MAX_UNITS {
+            assert_eq!(t.claim(), Some(Claim { epoch: u32::MAX, unit }));
+        }
+        assert_eq!(t.claim(), None);
+    }
+
+    #[test]
+    fn threads_share_units_without_loss() {
+        let m = Mailbox::default();
+        for epoch in 1..200 {
+            m.post(epoch, 64);
+            let sum = AtomicU32::new(0);
+            std::thread::scope(|s| {
+                for _ in 0..3 {
+                    s.spawn(|| {
+                        while let Some(c) = m.ticket.claim() {
+                            assert_eq!(c.epoch, epoch);
+                            sum.fetch_add(c.unit, Ordering::Relaxed);
+                            m.unit_done();
+                        }
+                    });
+                }
+            });
+            assert_eq!((m.done(), sum.into_inner()), (64, 63 * 64 / 2));
+        }
+    }
+}

@@ -1,0 +1,585 @@
+//! What belongs to one llama_model: which layers take the hot path, the slots of each class, the map
+//! from expert to slot, the policy, the copy thread and the workers. Contexts share it.
+//!
+//! A pool is made in two phases. While the first graphs are built, the bridge *offers* every MoE layer
+//! that passes its predicate and reports those that do not. *Activation* then groups the layers into
+//! classes, allocates the slots and says what was requested and what is active.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicI32, Ordering},
+    },
+    time::Instant,
+};
+
+use parking_lot::Mutex;
+
+use crate::{
+    cold::{Engine, Layer, Matrix, WorkerPool},
+    config::Config,
+    device::host::{self, SlotMemory},
+    log::{Level, log},
+    policy::{self, Key, Limits, Policy, PoolShape, Swap},
+    slots::{Action, SlotTable, Stamp},
+    telemetry::Stats,
+    trace::{TraceError, TraceHeader, TraceLayer, TraceWriter},
+    transfer::{Copier, HostCopier, Move, Order, Report, Transfer},
+    usage::StepUsage,
+};
+
+/// Most bytes that one plan may move. A constant, so that plans do not depend on the machine's speed.
+pub const PLAN_BYTES: u64 = 256 << 20;
+
+/// With fewer slots a layer than this many times its experts a token, the set turns over faster than
+/// it is used.
+const SLOTS_PER_USED: u32 = 3;
+
+/// Types and shapes that experts must share to share slots. Gate and up may be merged, hence a list.
+type ClassKey = Vec<(i32, usize, usize)>;
+
+/// Slot of every expert of one layer, -1 for cold. Read by DISPATCH at any time.
+pub struct LayerMap(Box<[AtomicI32]>);
+
+impl LayerMap {
+    /// Slot of `expert`, or -1.
+    pub fn slot(&self, expert: usize) -> i32 {
+        // acquire: pairs with the publishing store, behind which the slot's bytes are in place
+        self.0[expert].load(Ordering::Acquire)
+    }
+
+    fn set(&self, expert: u16, slot: i32) {
+        self.0[usize::from(expert)].store(slot, Ordering::Release);
+    }
+}
+
+/// Slots for experts of equal types and shapes.
+pub struct Class {
+    /// Layers in it, by their index among the wired layers; `Key::layer` counts these.
+    pub layers: Vec<usize>,
+    /// Number of slots.
+    pub n_slots: u32,
+    /// One memory a matrix, in the order gate, up, down: slot s at `s * expert_bytes`.
+    pub memory: Vec<SlotMemory>,
+    /// Bytes of one expert over all its matrices.
+    pub expert_bytes: usize,
+}
+
+struct ClassControl {
+    table: SlotTable,
+    policy: Box<dyn Policy>,
+    limits: Limits,
+}
+
+/// All that changes at step boundaries.
+struct Control {
+    clock: Stamp,
+    /// Begin of each running step by context.
+    running: BTreeMap<u64, Stamp>,
+    tokens_since_plan: u32,
+    classes: Vec<ClassControl>,
+    orders: BTreeMap<u64, (usize, u32)>,
+    next_order: u64,
+    trace: Option<TraceWriter>,
+    stats: Stats,
+    // scratch
+    ids: Vec<Vec<u16>>,
+    assigned: Vec<Option<Key>>,
+    plan: Vec<Swap>,
+    reports: Vec<Report>,
+}
+
+struct Active {
+    // fields are dropped in this order: the copies end before the slots they write to are freed
+    transfer: Transfer,
+    workers: WorkerPool,
+    layers: Arc<[Layer]>,
+    /// Class of a layer and its index there.
+    place: Vec<(usize, u16)>,
+    classes: Vec<Class>,
+    maps: Vec<LayerMap>,
+    control: Mutex<Control>,
+    status: String,
+}
+
+#[derive(Default)]
+struct Offers {
+    layers: Vec<Layer>,
+    skipped: BTreeMap<String, Vec<i32>>,
+}
+
+/// The pool of one model.
+pub struct Model {
+    config: Config,
+    offers: Mutex<Offers>,
+    active: OnceLock<Option<Active>>,
+}
+
+impl Model {
+    /// A pool that is not active yet.
+    pub fn new(config: Config) -> Self {
+        Model { config, offers: Mutex::default(), active: OnceLock::new() }
+    }
+
+    /// The options it was made with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Largest ubatch of the hot path, in tokens.
+    pub fn max_tokens(&self) -> u32 {
+        self.config.pp_bypass.map_or(host::MAX_TOKENS, |n| n.min(host::MAX_TOKENS))
+    }
+
+    /// Offers a layer. Offers of the same weights, and offers after activation, change nothing.
+    pub fn offer(&self, layer: Layer) {
+        let mut offers = self.offers.lock();
+        if !offers.layers.iter().any(|l| l.down.data == layer.down.data) {
+            offers.layers.push(layer);
+        }
+    }
+
+    /// Notes that a MoE layer takes the stock graph, and why.
+    pub fn skip(&self, il: i32, reason: &str) {
+        let mut offers = self.offers.lock();
+        let layers = offers.skipped.entry(reason.into()).or_default();
+        if !layers.contains(&il) {
+            layers.push(il);
+            if self.active.get().is_some() {
+                log!(Level::Warn, "moe-hot: layer {il} takes the stock graph: {reason}");
+            }
+        }
+    }
+
+    /// Index of the wired layer with these down weights, once active.
+    pub fn find(&self, down: *const u8) -> Option<usize> {
+        self.active()?.layers.iter().position(|l| l.down.data == down)
+    }
+
+    /// Makes the pool from what was offered and says what was requested and what is active. Further
+    /// calls return what the first did.
+    pub fn activate(&self, n_threads: usize, copier: impl FnOnce() -> Box<dyn Copier>) -> bool {
+        self.active.get_or_init(|| self.build(n_threads, copier())).is_some()
+    }
+
+    fn build(&self, n_threads: usize, copier: Box<dyn Copier>) -> Option<Active> {
+        let k = self.config.k;
+        let offers = self.offers.lock();
+        let not_active = |why: &str| {
+            log!(Level::Warn, "moe-hot: requested K = {k}, not active: {why}");
+            for (reason, layers) in &offers.skipped {
+                log!(Level::Warn, "moe-hot: layers {} take the stock graph: {reason}", ranges(layers));
+            }
+            None
+        };
+        if offers.layers.is_empty() {
+            return not_active(if offers.skipped.is_empty() {
+                "the model has no MoE layers"
+            } else {
+                "no MoE layer can take the hot path"
+            });
+        }
+        let layers: Arc<[Layer]> = offers.layers.iter().cloned().collect();
+        let mut by_key: BTreeMap<ClassKey, Vec<usize>> = BTreeMap::new();
+        for (i, l) in layers.iter().enumerate() {
+            by_key.entry(class_key(l)).or_default().push(i);
+        }
+
+        let (mut classes, mut maps, mut controls) = (Vec::new(), Vec::new(), Vec::new());
+        let mut place = vec![(0, 0); layers.len()];
+        for l in layers.iter() {
+            maps.push(LayerMap((0..l.n_expert).map(|_| AtomicI32::new(-1)).collect()));
+        }
+        for (c, members) in by_key.into_values().enumerate() {
+            let first = &layers[members[0]];
+            for (i, &layer) in members.iter().enumerate() {
+                place[layer] = (c, i as u16);
+            }
+            let n_expert = members.iter().map(|&l| layers[l].n_expert).max().unwrap_or(0) as u32;
+            let n_used = members.iter().map(|&l| layers[l].n_used).max().unwrap_or(0) as u32;
+            if k > n_expert {
+                log!(
+                    Level::Warn,
+                    "moe-hot: K = {k} is more than the {n_expert} experts of a layer, using {n_expert}"
+                );
+            }
+            let per_layer = k.min(n_expert);
+            if per_layer < SLOTS_PER_USED * n_used && per_layer < n_expert {
+                log!(
+                    Level::Warn,
+                    "moe-hot: K = {per_layer} is less than {SLOTS_PER_USED} x {n_used} experts a token: \
+                     experts will leave before they are used again, this is unlikely to pay"
+                );
+            }
+            let n_slots = per_layer * members.len() as u32;
+            let memory: Option<Vec<_>> =
+                first.matrices().map(|m| SlotMemory::new(m.expert_bytes * n_slots as usize)).collect();
+            let expert_bytes = first.expert_bytes();
+            let Some(memory) = memory else {
+                let mib = (expert_bytes * n_slots as usize) >> 20;
+                return not_active(&format!("there is no memory for {n_slots} slots, {mib} MiB"));
+            };
+            let shape = PoolShape {
+                n_layers: members.len() as u16,
+                n_expert: n_expert as u16,
+                n_used: n_used as u16,
+                n_slots,
+                expert_bytes: expert_bytes as u64,
+            };
+            controls.push(ClassControl {
+                table: SlotTable::new(n_slots),
+                policy: policy::build(self.config.policy, shape),
+                limits: Limits {
+                    max_swaps: (PLAN_BYTES / expert_bytes.max(1) as u64).clamp(1, u64::from(u32::MAX)) as u32,
+                },
+            });
+            classes.push(Class { layers: members, n_slots, memory, expert_bytes });
+        }
+
+        let started = Transfer::new(copier).and_then(|t| Ok((t, WorkerPool::new(self.workers(n_threads))?)));
+        let (transfer, workers) = match started {
+            Ok(x) => x,
+            Err(e) => return not_active(&format!("the system gives no thread: {e}")),
+        };
+        let trace = match self.open_trace(&layers, &place) {
+            Ok(t) => t,
+            Err(e) => return not_active(&format!("--moe-hot-trace: {e}")),
+        };
+        let n_slots: u32 = classes.iter().map(|c| c.n_slots).sum();
+        let bytes: usize =
+            classes.iter().map(|c| c.memory.iter().map(SlotMemory::bytes).sum::<usize>()).sum();
+        let status = format!(
+            "moe-hot: requested K = {k}, active: {n_slots} slots for {} experts in host memory ({:.2} MiB, {} class{}), \
+             {} of {} MoE layers, policy {}, rebalance interval {} tokens, ubatches up to {} tokens, {} worker{}",
+            layers.iter().map(|l| l.n_expert).sum::<usize>(),
+            bytes as f64 / f64::from(1 << 20),
+            classes.len(),
+            if classes.len() == 1 { "" } else { "es" },
+            layers.len(),
+            layers.len() + offers.skipped.values().map(Vec::len).sum::<usize>(),
+            self.config.policy,
+            self.config.rebalance_interval,
+            self.max_tokens(),
+            workers.len(),
+            if workers.len() == 1 { "" } else { "s" },
+        );
+        log!(Level::Info, "{status}");
+        if let Some(n) = self.config.pp_bypass.filter(|n| *n > host::MAX_TOKENS) {
+            let max = host::MAX_TOKENS;
+            log!(
+                Level::Warn,
+                "moe-hot: the hot path takes ubatches of up to {max} tokens, --moe-hot-pp-bypass {n} means {max}"
+            );
+        }
+        for (reason, layers) in &offers.skipped {
+            log!(Level::Warn, "moe-hot: layers {} take the stock graph: {reason}", ranges(layers));
+        }
+
+        let control = Control {
+            clock: 0,
+            running: BTreeMap::new(),
+            tokens_since_plan: 0,
+            classes: controls,
+            orders: BTreeMap::new(),
+            next_order: 0,
+            trace,
+            stats: Stats::default(),
+            ids: Vec::new(),
+            assigned: Vec::new(),
+            plan: Vec::new(),
+            reports: Vec::new(),
+        };
+        Some(Active { transfer, workers, layers, place, classes, maps, control: Mutex::new(control), status })
+    }
+
+    /// Workers beside ggml's own threads: as asked for, else one for every core that ggml leaves. The
+    /// threads that run JOIN help, so on a machine that ggml fills there are none.
+    fn workers(&self, n_threads: usize) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        self.config.threads.map_or(cores.saturating_sub(n_threads), |n| n as usize)
+    }
+
+    fn open_trace(
+        &self,
+        layers: &[Layer],
+        place: &[(usize, u16)],
+    ) -> Result<Option<TraceWriter>, TraceError> {
+        let Some(path) = &self.config.trace else { return Ok(None) };
+        let layer = |(l, place): (&Layer, &(usize, u16))| TraceLayer {
+            il: l.il as u16,
+            n_expert: l.n_expert as u16,
+            n_used: l.n_used as u16,
+            class: place.0 as u16,
+        };
+        let header = TraceHeader {
+            fingerprint: fingerprint(layers),
+            k: self.config.k,
+            layers: layers.iter().zip(place).map(layer).collect(),
+        };
+        TraceWriter::create(path, &header).map(Some)
+    }
+
+    fn active(&self) -> Option<&Active> {
+        self.active.get()?.as_ref()
+    }
+
+    /// Only contexts call this, and they exist only on an active pool.
+    fn pool(&self) -> &Active {
+        self.active().expect("a context exists only on an active pool")
+    }
+
+    /// Whether there are slots.
+    pub fn is_active(&self) -> bool {
+        self.active().is_some()
+    }
+
+    /// What was requested and what is active, in one line.
+    pub fn status(&self) -> &str {
+        &self.pool().status
+    }
+
+    /// The wired layers.
+    pub fn layers(&self) -> &Arc<[Layer]> {
+        &self.pool().layers
+    }
+
+    /// Slots a layer on average, after clamping.
+    pub fn slots_per_layer(&self) -> u32 {
+        self.n_slots() / self.layers().len() as u32
+    }
+
+    /// Slots of all classes.
+    pub fn n_slots(&self) -> u32 {
+        self.pool().classes.iter().map(|c| c.n_slots).sum()
+    }
+
+    /// Bytes of all slots.
+    pub fn slot_bytes(&self) -> u64 {
+        self.pool().classes.iter().flat_map(|c| &c.memory).map(|m| m.bytes() as u64).sum()
+    }
+
+    /// The class of a wired layer.
+    pub fn class_of(&self, layer: usize) -> &Class {
+        let a = self.pool();
+        &a.classes[a.place[layer].0]
+    }
+
+    /// Where the experts of a wired layer are.
+    pub fn map(&self, layer: usize) -> &LayerMap {
+        &self.pool().maps[layer]
+    }
+
+    /// Counters of swaps and plans; the rest is counted by contexts.
+    pub fn stats(&self) -> Stats {
+        self.pool().control.lock().stats
+    }
+
+    pub(crate) fn attach(&self, engine: &Arc<Engine>) {
+        self.pool().workers.attach(engine.clone());
+    }
+
+    pub(crate) fn detach(&self, engine: &Arc<Engine>) {
+        self.pool().workers.detach(engine);
+    }
+
+    /// A step boundary before a ubatch of context `id`; `hot` when it may take the hot path.
+    pub(crate) fn step_begin(&self, id: u64, hot: bool) {
+        let a = self.pool();
+        let mut c = a.control.lock();
+        c.publish(a);
+        if c.tokens_since_plan >= self.config.rebalance_interval {
+            c.tokens_since_plan = 0;
+            c.rebalance(a);
+        }
+        c.start_copies(a);
+        c.clock += 1;
+        let now = c.clock;
+        c.running.insert(id, now);
+        drop(c);
+        if hot {
+            a.workers.step_begin();
+        }
+    }
+
+    /// The step of context `id` has ended; `hot` as it began.
+    pub(crate) fn step_end(&self, id: u64, usage: &StepUsage, hot: bool) {
+        let a = self.pool();
+        if hot {
+            a.workers.step_end();
+        }
+        let mut c = a.control.lock();
+        c.running.remove(&id);
+        if !usage.is_empty() {
+            c.observe(a, usage);
+        }
+        c.publish(a);
+        c.start_copies(a);
+    }
+
+    /// Waits until no swap is under way. For tests and orderly ends; decode never calls it.
+    pub fn settle(&self) {
+        let a = self.pool();
+        loop {
+            let mut c = a.control.lock();
+            c.publish(a);
+            c.start_copies(a);
+            let stuck = !c.running.is_empty();
+            if stuck || c.classes.iter().all(|k| k.table.in_flight() == 0) {
+                return;
+            }
+            drop(c);
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Control {
+    fn observe(&mut self, a: &Active, usage: &StepUsage) {
+        self.tokens_since_plan = self.tokens_since_plan.saturating_add(usage.n_tokens);
+        for (class, control) in a.classes.iter().zip(&mut self.classes) {
+            self.ids.resize_with(class.layers.len(), Vec::new);
+            for (ids, &layer) in self.ids.iter_mut().zip(&class.layers) {
+                ids.clone_from(&usage.ids[layer]);
+            }
+            control.policy.observe(usage.n_tokens, &self.ids);
+        }
+        if let Some(trace) = &mut self.trace {
+            if let Err(e) = trace.routed(usage.n_tokens, &usage.ids) {
+                log!(Level::Error, "moe-hot: the routing trace ends here: {e}");
+                self.trace = None;
+            }
+        }
+    }
+
+    fn rebalance(&mut self, a: &Active) {
+        let start = Instant::now();
+        self.clock += 1;
+        for (i, (class, control)) in a.classes.iter().zip(&mut self.classes).enumerate() {
+            self.assigned.clear();
+            self.assigned.extend(control.table.assigned());
+            self.plan.clear();
+            control.policy.plan(&self.assigned, control.limits, &mut self.plan);
+            for swap in &self.plan {
+                if let Action::Retire { key } = control.table.assign(swap.slot, swap.admit, self.clock) {
+                    a.maps[class.layers[usize::from(key.layer)]].set(key.expert, -1);
+                    self.stats.evictions += 1;
+                }
+                if let Some(trace) = &mut self.trace {
+                    trace.swap(i as u16, swap);
+                }
+            }
+        }
+        self.stats.rebalances += 1;
+        self.stats.rebalance_us += start.elapsed().as_micros() as u64;
+    }
+
+    fn start_copies(&mut self, a: &Active) {
+        let oldest = self.running.values().copied().min();
+        for (i, (class, control)) in a.classes.iter().zip(&mut self.classes).enumerate() {
+            let (orders, next) = (&mut self.orders, &mut self.next_order);
+            control.table.start_copies(oldest, |slot, key| {
+                let id = *next;
+                *next += 1;
+                orders.insert(id, (i, slot));
+                let layer = &a.layers[class.layers[usize::from(key.layer)]];
+                let moves = layer
+                    .matrices()
+                    .zip(&class.memory)
+                    .map(|(m, memory)| into_slot(m, memory, slot, key.expert));
+                a.transfer.order(Order { id, moves: moves.collect() });
+            });
+        }
+    }
+
+    fn publish(&mut self, a: &Active) {
+        a.transfer.take_reports(&mut self.reports);
+        for report in self.reports.drain(..) {
+            let (class, slot) = self.orders.remove(&report.id).expect("each order is reported once");
+            if let Err(why) = &report.result {
+                self.stats.copy_failures += 1;
+                if self.stats.copy_failures.is_power_of_two() {
+                    let n = self.stats.copy_failures;
+                    log!(Level::Warn, "moe-hot: copying an expert into a slot failed ({n} so far): {why}");
+                }
+            }
+            if let Action::Publish { key } = self.classes[class].table.copied(slot, report.result.is_ok()) {
+                let c = &a.classes[class];
+                a.maps[c.layers[usize::from(key.layer)]].set(key.expert, slot as i32);
+                self.stats.uploads += 1;
+                self.stats.upload_bytes += c.expert_bytes as u64;
+            }
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            if let Err(e) = trace.flush() {
+                log!(Level::Error, "moe-hot: the end of the routing trace could not be written: {e}");
+            }
+        }
+    }
+}
+
+/// The copy of one matrix of `expert` into `slot`.
+fn into_slot(m: &Matrix, memory: &SlotMemory, slot: u32, expert: u16) -> Move {
+    Move {
+        src: m.row(usize::from(expert), 0),
+        dst: memory.ptr().wrapping_add(slot as usize * m.expert_bytes),
+        bytes: m.expert_bytes,
+    }
+}
+
+/// Tells models apart: shapes and types of all layers, and some bytes of each one's weights (FNV-1a).
+fn fingerprint(layers: &[Layer]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |bytes: &[u8]| {
+        for b in bytes {
+            hash = (hash ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    for l in layers {
+        add(&(l.n_expert as u64).to_le_bytes());
+        for m in l.matrices() {
+            add(&m.ty.to_le_bytes());
+            for v in [m.n_in, m.n_out] {
+                add(&(v as u64).to_le_bytes());
+            }
+            // SAFETY: the first row of expert 0 is there.
+            add(unsafe { std::slice::from_raw_parts(m.row(0, 0), m.row_bytes.min(64)) });
+        }
+    }
+    hash
+}
+
+fn class_key(l: &Layer) -> ClassKey {
+    l.matrices().map(|m| (m.ty, m.n_in, m.n_out)).collect()
+}
+
+/// `0-3, 7` for `[0, 1, 2, 3, 7]`.
+fn ranges(layers: &[i32]) -> String {
+    let mut layers = layers.to_vec();
+    layers.sort_unstable();
+    let mut out: Vec<(i32, i32)> = Vec::new();
+    for l in layers {
+        match out.last_mut() {
+            Some((_, end)) if *end + 1 == l => *end = l,
+            _ => out.push((l, l)),
+        }
+    }
+    let text = |(a, b): (i32, i32)| if a == b { a.to_string() } else { format!("{a}-{b}") };
+    out.into_iter().map(text).collect::<Vec<_>>().join(", ")
+}
+
+impl Copier for Box<dyn Copier> {
+    fn copy(&mut self, order: &Order) -> Result<(), String> {
+        (**self).copy(order)
+    }
+}
+
+/// The copier of the host device.
+pub fn host_copier() -> Box<dyn Copier> {
+    Box::new(HostCopier)
+}

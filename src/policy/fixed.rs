@@ -1,0 +1,41 @@
+//! Static: the experts used most in the first tokens get the slots and keep them. What a profile from
+//! another time would do, and the yardstick that a policy which follows the text must beat.
+
+use super::{Key, Limits, Policy, PoolShape, Swap, lfu::Lfu};
+
+/// Tokens after which the set is fixed.
+const WARM_UP_TOKENS: u64 = 256;
+
+pub struct Fixed {
+    counts: Lfu,
+    tokens: u64,
+}
+
+impl Fixed {
+    pub fn new(shape: PoolShape) -> Self {
+        Fixed { counts: Lfu::new(shape), tokens: 0 }
+    }
+}
+
+impl Policy for Fixed {
+    fn name(&self) -> &'static str {
+        "static"
+    }
+
+    fn observe(&mut self, n_tokens: u32, ids: &[Vec<u16>]) {
+        if self.tokens < WARM_UP_TOKENS {
+            self.counts.count(ids);
+        }
+        self.tokens += u64::from(n_tokens);
+    }
+
+    fn observe_prompt(&mut self, ids: &[Vec<u16>]) {
+        if self.tokens < WARM_UP_TOKENS {
+            self.counts.count(ids);
+        }
+    }
+
+    fn plan(&mut self, slots: &[Option<Key>], limits: Limits, out: &mut Vec<Swap>) {
+        self.counts.plan(slots, limits, out);
+    }
+}

@@ -1,0 +1,155 @@
+//! Decides which experts should have a slot: counts in, plan out.
+//!
+//! Pure and deterministic: no clock, no thread, no I/O, no map whose order depends on the run. The
+//! running server and the offline replay drive the same objects, so a recorded run can be replayed swap
+//! by swap. One file a policy; a new one is a new file and a line in [`POLICIES`].
+
+mod decay;
+mod fixed;
+mod lfu;
+mod lru;
+mod residency;
+
+use std::{
+    fmt::{self, Display, Formatter},
+    str::FromStr,
+};
+
+pub use decay::DecayConfig;
+
+/// An expert of a layer; `layer` counts the pool's own layers from 0.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Key {
+    /// Layer of the pool.
+    pub layer: u16,
+    /// Expert of the layer.
+    pub expert: u16,
+}
+
+/// What a pool is for.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolShape {
+    /// Layers that share it.
+    pub n_layers: u16,
+    /// Experts of each.
+    pub n_expert: u16,
+    /// Experts a token is routed to.
+    pub n_used: u16,
+    /// Slots.
+    pub n_slots: u32,
+    /// Bytes of an expert.
+    pub expert_bytes: u64,
+}
+
+impl PoolShape {
+    /// Number of experts over all layers.
+    pub fn n_keys(&self) -> usize {
+        usize::from(self.n_layers) * usize::from(self.n_expert)
+    }
+
+    /// Position of `key` in a table over all experts.
+    pub fn index(&self, key: Key) -> usize {
+        usize::from(key.layer) * usize::from(self.n_expert) + usize::from(key.expert)
+    }
+
+    /// Inverse of [`PoolShape::index`].
+    pub fn key(&self, index: usize) -> Key {
+        let n = usize::from(self.n_expert);
+        Key { layer: (index / n) as u16, expert: (index % n) as u16 }
+    }
+}
+
+/// What a plan may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most swaps in it.
+    pub max_swaps: u32,
+}
+
+/// One expert takes a slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Swap {
+    /// The slot.
+    pub slot: u32,
+    /// Who had it.
+    pub evict: Option<Key>,
+    /// Who gets it.
+    pub admit: Key,
+}
+
+/// A way to choose the hot set of one pool.
+pub trait Policy: Send {
+    /// Its name on the command line.
+    fn name(&self) -> &'static str;
+
+    /// One decoded ubatch of `n_tokens` tokens; `ids[layer]` are the experts routed in it, the tokens
+    /// one after the other.
+    fn observe(&mut self, n_tokens: u32, ids: &[Vec<u16>]);
+
+    /// The routing of a prompt: may seed slots that are free, and stays out of recency.
+    fn observe_prompt(&mut self, ids: &[Vec<u16>]);
+
+    /// Appends swaps to `out`. `slots[s]` is what slot s is assigned to, copies in flight included.
+    /// At most `limits.max_swaps`; no slot and no expert twice; no expert that has a slot.
+    fn plan(&mut self, slots: &[Option<Key>], limits: Limits, out: &mut Vec<Swap>);
+}
+
+/// Which policy.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum PolicyKind {
+    /// Decayed frequency with an admission gate and a margin.
+    #[default]
+    Decay,
+    /// The experts used last; admits every miss.
+    Lru,
+    /// The experts used most since the start.
+    Lfu,
+    /// The experts used most in the first tokens, then fixed.
+    Static,
+}
+
+type Make = fn(PoolShape) -> Box<dyn Policy>;
+
+/// Name and constructor of every policy.
+const POLICIES: [(PolicyKind, &str, Make); 4] = [
+    (PolicyKind::Decay, "decay", |s| Box::new(decay::Decay::new(s, DecayConfig::default()))),
+    (PolicyKind::Lru, "lru", |s| Box::new(lru::Lru::new(s))),
+    (PolicyKind::Lfu, "lfu", |s| Box::new(lfu::Lfu::new(s))),
+    (PolicyKind::Static, "static", |s| Box::new(fixed::Fixed::new(s))),
+];
+
+impl PolicyKind {
+    /// The names that [`PolicyKind::from_str`] takes, separated by commas.
+    pub fn names() -> String {
+        POLICIES.map(|p| p.1).join(", ")
+    }
+
+    /// All policies.
+    pub fn all() -> impl Iterator<Item = PolicyKind> {
+        POLICIES.into_iter().map(|p| p.0)
+    }
+}
+
+impl Display for PolicyKind {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let (_, name, _) = POLICIES.iter().find(|p| p.0 == *self).expect("every kind is in the table");
+        f.write_str(name)
+    }
+}
+
+impl FromStr for PolicyKind {
+    type Err = ();
+
+    fn from_str(s: &str) -> Result<Self, ()> {
+        POLICIES.iter().find(|p| p.1 == s).map(|p| p.0).ok_or(())
+    }
+}
+
+/// A policy for a pool.
+pub fn build(kind: PolicyKind, shape: PoolShape) -> Box<dyn Policy> {
+    let (_, _, make) = POLICIES.iter().find(|p| p.0 == kind).expect("every kind is in the table");
+    make(shape)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+//! Properties of every policy, and exact decisions of each on small sequences.
+
+use std::collections::HashSet;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const NO_LIMIT: Limits = Limits { max_swaps: u32::MAX };
+
+fn shape(n_layers: u16, n_expert: u16, n_slots: u32) -> PoolShape {
+    PoolShape { n_layers, n_expert, n_used: 2, n_slots, expert_bytes: 1 }
+}
+
+fn key(layer: u16, expert: u16) -> Key {
+    Key { layer, expert }
+}
+
+/// A policy and its slots; swaps happen at once.
+struct Pool {
+    policy: Box<dyn Policy>,
+    slots: Vec<Option<Key>>,
+}
+
+impl Pool {
+    fn new(kind: PolicyKind, shape: PoolShape) -> Self {
+        Pool { policy: build(kind, shape), slots: vec![None; shape.n_slots as usize] }
+    }
+
+    fn plan(&mut self, limits: Limits) -> Vec<Swap> {
+        let mut out = Vec::new();
+        self.policy.plan(&self.slots, limits, &mut out);
+        for s in &out {
+            self.slots[s.slot as usize] = Some(s.admit);
+        }
+        out
+    }
+
+    fn token(&mut self, experts: &[u16]) -> Vec<Swap> {
+        self.policy.observe(1, &[experts.to_vec()]);
+        self.plan(NO_LIMIT)
+    }
+
+    fn residents(&self) -> Vec<u16> {
+        let mut r: Vec<_> = self.slots.iter().flatten().map(|k| k.expert).collect();
+        r.sort_unstable();
+        r
+    }
+}
+
+#[test]
+fn names_go_back_and_forth() {
+    for kind in PolicyKind::all() {
+        assert_eq!(kind.to_string().parse(), Ok(kind));
+        assert_eq!(build(kind, shape(1, 4, 2)).name(), kind.to_string());
+    }
+    assert_eq!("fifo".parse::<PolicyKind>(), Err(()));
+    assert_eq!(PolicyKind::names(), "decay, lru, lfu, static");
+}
+
+#[test]
+fn free_slots_are_filled_with_the_first_uses() {
+    for kind in PolicyKind::all() {
+        let mut p = Pool::new(kind, shape(1, 8, 4));
+        p.token(&[5, 2]);
+        assert_eq!(p.residents(), [2, 5], "{kind}");
+    }
+}
+
+#[test]
+fn lru_evicts_the_expert_unused_for_longest() {
+    let mut p = Pool::new(PolicyKind::Lru, shape(1, 8, 2));
+    p.token(&[1]);
+    p.token(&[2]);
+    p.token(&[1]);
+    let swaps = p.token(&[3]);
+    assert_eq!(swaps, [Swap { slot: 1, evict: Some(key(0, 2)), admit: key(0, 3) }]);
+}
+
+#[test]
+fn lfu_needs_more_uses_than_the_victim() {
+    let mut p = Pool::new(PolicyKind::Lfu, shape(1, 8, 2));
+    p.token(&[1, 2]);
+    p.token(&[1, 2]);
+    assert_eq!(p.token(&[3]), []);
+    assert_eq!(p.token(&[3]), []);
+    assert_eq!(p.token(&[3]), [Swap { slot: 1, evict: Some(key(0, 2)), admit: key(0, 3) }]);
+}
+
+#[test]
+fn static_ignores_what_comes_after_the_warm_up() {
+    let mut p = Pool::new(PolicyKind::Static, shape(1, 8, 2));
+    for _ in 0..256 {
+        p.token(&[1, 2]);
+    }
+    for _ in 0..1000 {
+        assert_eq!(p.token(&[3, 4]), []);
+    }
+    assert_eq!(p.residents(), [1, 2]);
+}
+
+#[test]
+fn decay_admits_a_second_use_but_not_a_first() {
+    let mut p = Pool::new(PolicyKind::Decay, shape(1, 64, 2));
+    p.token(&[1, 2]);
+    for _ in 0..40 {
+        // old residents fade, strangers pass by once each
+        assert_eq!(p.token(&[]), []);
+    }
+    assert_eq!(p.token(&[3]), [], "one use does not pass the gate");
+    assert_eq!(p.token(&[3]).len(), 1, "two within the window do");
+}
+
+#[test]
+fn decay_gate_needs_its_uses_close_together() {
+    let mut p = Pool::new(PolicyKind::Decay, shape(1, 64, 1));
+    p.token(&[1]);
+    for _ in 0..10 {
+        assert_eq!(p.token(&[3]), [], "uses more than a window apart");
+        for _ in 0..20 {
+            assert_eq!(p.token(&[]), []);
+        }
+    }
+}
+
+#[test]
+fn decay_margin_keeps_equals_from_taking_turns() {
+    let mut p = Pool::new(PolicyKind::Decay, shape(1, 8, 1));
+    p.token(&[1]);
+    let mut swaps = 0;
+    for _ in 0..100 {
+        swaps += p.token(&[1, 2]).len();
+    }
+    assert_eq!((swaps, p.residents()), (0, vec![1]));
+}
+
+#[test]
+fn decay_follows_a_change_of_the_text() {
+    let mut p = Pool::new(PolicyKind::Decay, shape(1, 64, 4));
+    for _ in 0..500 {
+        p.token(&[1, 2, 3, 4]);
+    }
+    let mut tokens = 0;
+    while p.residents() != [11, 12, 13, 14] {
+        p.token(&[11, 12, 13, 14]);
+        tokens += 1;
+        assert!(tokens <= 64, "the old text still holds {:?}", p.residents());
+    }
+}
+
+#[test]
+fn decay_seeds_free_slots_from_the_prompt_only() {
+    let mut p = Pool::new(PolicyKind::Decay, shape(1, 8, 2));
+    p.policy.observe_prompt(&[vec![7, 7, 6, 6, 6, 5]]);
+    p.plan(NO_LIMIT);
+    assert_eq!(p.residents(), [6, 7], "the most used of the prompt");
+    p.token(&[1]);
+    p.token(&[1]);
+    assert_eq!(p.residents().contains(&1), true, "any decoded use is worth more");
+}
+
+proptest! {
+    /// Plans are legal, bounded and the same every time, whatever was routed.
+    #[test]
+    fn plans_are_legal(
+        kind in prop::sample::select(PolicyKind::all().collect::<Vec<_>>()),
+        n_slots in 1..12u32,
+        max_swaps in 0..4u32,
+        steps in prop::collection::vec((1..4u32, prop::collection::vec(prop::collection::vec(0..8u16, 0..6), 3), any::<bool>()), 1..120),
+    ) {
+        let shape = shape(3, 8, n_slots);
+        let (mut a, mut b) = (Pool::new(kind, shape), Pool::new(kind, shape));
+        for (n_tokens, ids, plan) in &steps {
+            a.policy.observe(*n_tokens, ids);
+            b.policy.observe(*n_tokens, ids);
+            if !plan { continue }
+            let before = a.slots.clone();
+            let swaps = a.plan(Limits { max_swaps });
+            prop_assert_eq!(&swaps, &b.plan(Limits { max_swaps }), "not deterministic");
+            prop_assert!(swaps.len() <= max_swaps as usize);
+            let slots: HashSet<_> = swaps.iter().map(|s| s.slot).collect();
+            prop_assert_eq!(slots.len(), swaps.len(), "a slot twice");
+            for s in &swaps {
+                prop_assert_eq!(s.evict, before[s.slot as usize]);
+                prop_assert!(!before.contains(&Some(s.admit)), "admits a resident");
+            }
+            let residents: Vec<_> = a.slots.iter().flatten().collect();
+            prop_assert_eq!(residents.iter().collect::<HashSet<_>>().len(), residents.len(), "an expert twice");
+        }
+    }
+}

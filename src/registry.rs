@@ -1,0 +1,72 @@
+//! Which model has which pool. llama.cpp knows models by address; the pool outlives contexts, so that
+//! the hot set survives from one to the next.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+
+use crate::{
+    config::Config,
+    log::{Level, log},
+    model::Model,
+};
+
+struct Entry {
+    model: Arc<Model>,
+    contexts: usize,
+}
+
+static MODELS: Mutex<BTreeMap<usize, Entry>> = Mutex::new(BTreeMap::new());
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+/// A number that no other context has.
+pub fn next_id() -> u64 {
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The pool of the model at `key` for one more context. A pool that no context uses is made anew when
+/// the options have changed; one in use stays as it is, and that is said.
+pub fn attach(key: usize, config: Config) -> Arc<Model> {
+    let mut models = MODELS.lock();
+    let fresh = |config| Entry { model: Arc::new(Model::new(config)), contexts: 0 };
+    let entry = models.entry(key).or_insert_with(|| fresh(config.clone()));
+    if entry.contexts == 0 && *entry.model.config() != config {
+        *entry = fresh(config);
+    } else if entry.contexts > 0 && entry.model.is_active() {
+        let (slots, n) = (entry.model.n_slots(), entry.contexts);
+        let s = if n == 1 { "" } else { "s" };
+        log!(
+            Level::Info,
+            "moe-hot: this context shares the {slots} slots of its model with {n} other context{s}"
+        );
+        if *entry.model.config() != config {
+            let k = entry.model.config().k;
+            log!(
+                Level::Warn,
+                "moe-hot: the options have changed, but the model's slots are in use: K = {k} and all else stays"
+            );
+        }
+    }
+    entry.contexts += 1;
+    entry.model.clone()
+}
+
+/// A context of the model at `key` is gone.
+pub fn detach(key: usize) {
+    if let Some(entry) = MODELS.lock().get_mut(&key) {
+        entry.contexts -= 1;
+    }
+}
+
+/// The model at `key` is gone.
+pub fn forget(key: usize) {
+    let entry = MODELS.lock().remove(&key);
+    // outside the lock: dropping a pool joins its threads
+    drop(entry);
+}

@@ -1,0 +1,282 @@
+//! Which expert is in which slot, and the states of a swap.
+//!
+//! ```text
+//!             assign                    readers gone              copied, at a boundary
+//! Resident(a) ------> Retiring(a -> b) -------------> Copying(b) ----------------------> Resident(b)
+//! Empty       ----------------------------^               |  copy failed
+//!                                                         v
+//!                                                       Empty
+//! ```
+//!
+//! - *Retire*, at a step boundary: the map says cold from now on. Steps that began before may still
+//!   read the slot.
+//! - *Copy*, once every such step has ended: the bytes are replaced beside decode.
+//! - *Publish*, at the first step boundary after the copy: the map says where the expert is.
+//!
+//! An assignment may come while the slot is still retiring or being copied into: then the newer expert
+//! waits its turn, and what was copied for nothing is never published. The plan sees a slot as
+//! belonging to the expert that was assigned last, so plans do not depend on how fast copies are.
+
+use crate::policy::Key;
+
+/// A moment on the model's clock; each begin of a step and each retirement gets its own.
+pub type Stamp = u64;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Slot {
+    Empty,
+    Resident {
+        key: Key,
+    },
+    /// Not in the map any more; steps that began before `since` may still read it.
+    Retiring {
+        next: Key,
+        since: Stamp,
+    },
+    /// `then` replaces `key` as soon as the copy has ended.
+    Copying {
+        key: Key,
+        then: Option<Key>,
+    },
+}
+
+/// What the owner of the map has to do after a transition.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Take `key` out of the map.
+    Retire {
+        /// The expert that loses its slot.
+        key: Key,
+    },
+    /// Put `key` into the map.
+    Publish {
+        /// The expert that is now readable there.
+        key: Key,
+    },
+    /// Nothing.
+    None,
+}
+
+/// The slots of one class.
+#[derive(Debug)]
+pub struct SlotTable {
+    slots: Vec<Slot>,
+    /// Slots that wait for readers or for a copy, in the order of their assignment.
+    retiring: Vec<u32>,
+}
+
+impl SlotTable {
+    /// `n` empty slots.
+    pub fn new(n: u32) -> Self {
+        SlotTable { slots: vec![Slot::Empty; n as usize], retiring: Vec::new() }
+    }
+
+    /// Number of slots.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether the class has no slots.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// The expert each slot belongs to as far as planning goes: the one assigned last.
+    pub fn assigned(&self) -> impl Iterator<Item = Option<Key>> + '_ {
+        self.slots.iter().map(|s| match *s {
+            Slot::Empty => None,
+            Slot::Resident { key } | Slot::Retiring { next: key, .. } => Some(key),
+            Slot::Copying { key, then } => Some(then.unwrap_or(key)),
+        })
+    }
+
+    /// Experts that a dispatch can find.
+    pub fn resident(&self) -> usize {
+        self.slots.iter().filter(|s| matches!(s, Slot::Resident { .. })).count()
+    }
+
+    /// Gives `slot` to `key`, at a step boundary at time `now`.
+    pub fn assign(&mut self, slot: u32, key: Key, now: Stamp) -> Action {
+        let s = &mut self.slots[slot as usize];
+        let (next, action) = match *s {
+            Slot::Empty => (Slot::Retiring { next: key, since: 0 }, Action::None),
+            Slot::Resident { key: old } => {
+                (Slot::Retiring { next: key, since: now }, Action::Retire { key: old })
+            }
+            Slot::Retiring { since, .. } => (Slot::Retiring { next: key, since }, Action::None),
+            Slot::Copying { key: old, .. } => (Slot::Copying { key: old, then: Some(key) }, Action::None),
+        };
+        let waits = matches!(*s, Slot::Retiring { .. } | Slot::Copying { .. });
+        *s = next;
+        if !waits {
+            self.retiring.push(slot);
+        }
+        action
+    }
+
+    /// Slots whose copy may start: no step that began before their retirement is running. `oldest` is
+    /// the begin of the oldest running step. Calls `start(slot, key)` for each.
+    pub fn start_copies(&mut self, oldest: Option<Stamp>, mut start: impl FnMut(u32, Key)) {
+        let slots = &mut self.slots;
+        self.retiring.retain(|&slot| match slots[slot as usize] {
+            Slot::Retiring { next, since } if oldest.is_none_or(|o| o > since) => {
+                slots[slot as usize] = Slot::Copying { key: next, then: None };
+                start(slot, next);
+                false
+            }
+            _ => true,
+        });
+    }
+
+    /// The copy into `slot` has ended, at a step boundary.
+    pub fn copied(&mut self, slot: u32, ok: bool) -> Action {
+        let s = &mut self.slots[slot as usize];
+        let Slot::Copying { key, then } = *s else {
+            unreachable!("a copy was reported for a slot that was not being copied into: {s:?}");
+        };
+        match then {
+            // nobody has ever read this slot since its last retirement
+            Some(next) => {
+                *s = Slot::Retiring { next, since: 0 };
+                self.retiring.push(slot);
+                Action::None
+            }
+            None if ok => {
+                *s = Slot::Resident { key };
+                Action::Publish { key }
+            }
+            None => {
+                *s = Slot::Empty;
+                Action::None
+            }
+        }
+    }
+
+    /// Swaps that have not ended.
+    pub fn in_flight(&self) -> usize {
+        self.slots.iter().filter(|s| matches!(s, Slot::Retiring { .. } | Slot::Copying { .. })).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key(expert: u16) -> Key {
+        Key { layer: 0, expert }
+    }
+
+    fn started(t: &mut SlotTable, oldest: Option<Stamp>) -> Vec<(u32, Key)> {
+        let mut got = Vec::new();
+        t.start_copies(oldest, |s, k| got.push((s, k)));
+        got
+    }
+
+    #[test]
+    fn a_swap_goes_through_its_three_states() {
+        let mut t = SlotTable::new(1);
+        assert_eq!(t.assign(0, key(1), 10), Action::None);
+        assert_eq!(started(&mut t, Some(5)), [(0, key(1))], "an empty slot has no readers");
+        assert_eq!(t.resident(), 0, "not readable before it is published");
+        assert_eq!(t.copied(0, true), Action::Publish { key: key(1) });
+
+        assert_eq!(t.assign(0, key(2), 20), Action::Retire { key: key(1) });
+        assert_eq!(started(&mut t, Some(15)), [], "a step that began at 15 may read it");
+        assert_eq!(started(&mut t, Some(21)), [(0, key(2))]);
+        assert_eq!(t.copied(0, true), Action::Publish { key: key(2) });
+        assert_eq!(t.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_failed_copy_leaves_the_slot_empty() {
+        let mut t = SlotTable::new(1);
+        t.assign(0, key(1), 1);
+        started(&mut t, None);
+        assert_eq!(t.copied(0, false), Action::None);
+        assert_eq!(t.assigned().collect::<Vec<_>>(), [None]);
+    }
+
+    #[test]
+    fn a_newer_assignment_wins_over_one_in_flight() {
+        let mut t = SlotTable::new(1);
+        t.assign(0, key(1), 1);
+        t.assign(0, key(2), 2);
+        assert_eq!(started(&mut t, None), [(0, key(2))], "the first never started");
+        t.assign(0, key(3), 3);
+        assert_eq!(t.assigned().collect::<Vec<_>>(), [Some(key(3))]);
+        assert_eq!(t.copied(0, true), Action::None, "expert 2 is not wanted any more");
+        assert_eq!(started(&mut t, Some(1)), [(0, key(3))]);
+        assert_eq!(t.copied(0, true), Action::Publish { key: key(3) });
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Op {
+        Assign(u32, u16),
+        Begin,
+        End,
+        Start,
+        Copied(bool),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            (0..4u32, 0..12u16).prop_map(|(s, e)| Op::Assign(s, e)),
+            Just(Op::Begin),
+            Just(Op::End),
+            Just(Op::Start),
+            any::<bool>().prop_map(Op::Copied),
+        ]
+    }
+
+    proptest! {
+        /// Against a model of memory: a published expert's bytes are its own, and no running step
+        /// can read a slot that is being written.
+        #[test]
+        fn readers_never_see_a_slot_being_written(ops in prop::collection::vec(op(), 1..200)) {
+            let mut t = SlotTable::new(4);
+            let mut now = 0;
+            let mut map: HashMap<Key, u32> = HashMap::new();
+            let mut content: [Option<Key>; 4] = [None; 4];
+            let mut copying: Vec<(u32, Key)> = Vec::new();
+            // running steps: (begin, everything they may have looked up)
+            let mut steps: Vec<(Stamp, Vec<u32>)> = Vec::new();
+            for op in ops {
+                now += 1;
+                match op {
+                    Op::Assign(slot, e) => {
+                        if t.assigned().any(|k| k == Some(key(e))) { continue; }
+                        if let Action::Retire { key } = t.assign(slot, key(e), now) {
+                            prop_assert_eq!(map.remove(&key), Some(slot));
+                        }
+                    }
+                    Op::Begin => steps.push((now, map.values().copied().collect())),
+                    Op::End => { steps.pop(); }
+                    Op::Start => {
+                        let oldest = steps.iter().map(|s| s.0).min();
+                        t.start_copies(oldest, |s, k| copying.push((s, k)));
+                        for (slot, _) in &copying {
+                            prop_assert!(steps.iter().all(|s| !s.1.contains(slot)), "slot {} is read", slot);
+                        }
+                    }
+                    Op::Copied(ok) => {
+                        let Some((slot, k)) = copying.pop() else { continue };
+                        content[slot as usize] = ok.then_some(k);
+                        if let Action::Publish { key } = t.copied(slot, ok) {
+                            prop_assert_eq!(content[slot as usize], Some(key));
+                            map.insert(key, slot);
+                            // running steps look the map up at any time
+                            steps.iter_mut().for_each(|s| s.1.push(slot));
+                        }
+                    }
+                }
+                for (k, slot) in &map {
+                    prop_assert_eq!(content[*slot as usize], Some(*k));
+                }
+            }
+        }
+    }
+}

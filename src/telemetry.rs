@@ -1,0 +1,150 @@
+//! Counters, and how they are shown.
+
+use std::fmt::{self, Display, Formatter, Write};
+
+/// Counters over a span of time.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Stats {
+    /// Ubatches on the hot path.
+    pub steps: u64,
+    /// Their tokens.
+    pub tokens: u64,
+    /// Routed experts that had a slot.
+    pub hits: u64,
+    /// Routed experts that had none.
+    pub misses: u64,
+    /// Experts copied into a slot and published.
+    pub uploads: u64,
+    /// Bytes of those copies.
+    pub upload_bytes: u64,
+    /// Experts that lost their slot.
+    pub evictions: u64,
+    /// Copies that failed.
+    pub copy_failures: u64,
+    /// Times the policy was asked for a plan.
+    pub rebalances: u64,
+    /// Time that took on the decode thread, in us.
+    pub rebalance_us: u64,
+    /// Time JOIN worked or waited for cold experts, in us.
+    pub join_wait_us: u64,
+    /// Time that threads spent computing cold experts, summed over threads, in us.
+    pub worker_busy_us: u64,
+}
+
+impl Stats {
+    /// Counters since `base` was taken.
+    pub fn since(&self, base: &Stats) -> Stats {
+        Stats {
+            steps: self.steps - base.steps,
+            tokens: self.tokens - base.tokens,
+            hits: self.hits - base.hits,
+            misses: self.misses - base.misses,
+            uploads: self.uploads - base.uploads,
+            upload_bytes: self.upload_bytes - base.upload_bytes,
+            evictions: self.evictions - base.evictions,
+            copy_failures: self.copy_failures - base.copy_failures,
+            rebalances: self.rebalances - base.rebalances,
+            rebalance_us: self.rebalance_us - base.rebalance_us,
+            join_wait_us: self.join_wait_us - base.join_wait_us,
+            worker_busy_us: self.worker_busy_us - base.worker_busy_us,
+        }
+    }
+
+    /// Share of routed experts that had a slot; 0 when nothing was routed.
+    pub fn hit_rate(&self) -> f64 {
+        ratio(self.hits, self.hits + self.misses)
+    }
+
+    /// Experts a token that the cold engine computed, over all layers.
+    pub fn cold_per_token(&self) -> f64 {
+        ratio(self.misses, self.tokens)
+    }
+
+    /// Hits that each upload brought; 0 without uploads.
+    pub fn hits_per_upload(&self) -> f64 {
+        ratio(self.hits, self.uploads)
+    }
+
+    /// The counters in Prometheus' text format.
+    pub fn prometheus(&self) -> String {
+        let mut out = String::new();
+        let mut counter = |name: &str, help: &str, value: f64| {
+            let name = format!("llamacpp:moe_hot_{name}");
+            // writing to a string does not fail
+            let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}");
+        };
+        counter("tokens_total", "Tokens decoded on the hot path.", self.tokens as f64);
+        counter("hits_total", "Routed experts that had a slot.", self.hits as f64);
+        counter("misses_total", "Routed experts that had none.", self.misses as f64);
+        counter("uploads_total", "Experts copied into a slot.", self.uploads as f64);
+        counter("upload_bytes_total", "Bytes copied into slots.", self.upload_bytes as f64);
+        counter("evictions_total", "Experts that lost their slot.", self.evictions as f64);
+        counter("copy_failures_total", "Copies into a slot that failed.", self.copy_failures as f64);
+        counter("rebalances_total", "Plans made.", self.rebalances as f64);
+        counter(
+            "rebalance_seconds_total",
+            "Time of plans on the decode thread.",
+            self.rebalance_us as f64 / 1e6,
+        );
+        counter(
+            "join_wait_seconds_total",
+            "Time JOIN worked or waited for cold experts.",
+            self.join_wait_us as f64 / 1e6,
+        );
+        counter(
+            "worker_busy_seconds_total",
+            "Time spent computing cold experts.",
+            self.worker_busy_us as f64 / 1e6,
+        );
+        out
+    }
+}
+
+impl Display for Stats {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} tokens, hit rate {:.1}%, {:.1} cold experts a token, {} uploads ({:.1} MiB, {:.1} hits each), \
+             {} evictions, {} rebalances in {:.2} ms, join {:.2} ms, cold experts {:.2} ms of thread time",
+            self.tokens,
+            100.0 * self.hit_rate(),
+            self.cold_per_token(),
+            self.uploads,
+            self.upload_bytes as f64 / f64::from(1 << 20),
+            self.hits_per_upload(),
+            self.evictions,
+            self.rebalances,
+            self.rebalance_us as f64 / 1e3,
+            self.join_wait_us as f64 / 1e3,
+            self.worker_busy_us as f64 / 1e3,
+        )
+    }
+}
+
+fn ratio(a: u64, b: u64) -> f64 {
+    if b == 0 { 0.0 } else { a as f64 / b as f64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_of_nothing_are_zero() {
+        let s = Stats::default();
+        assert_eq!((s.hit_rate(), s.cold_per_token(), s.hits_per_upload()), (0.0, 0.0, 0.0));
+    }
+
+    #[test]
+    fn prometheus_text_has_help_type_and_value_for_each() {
+        let text = Stats { hits: 3, rebalance_us: 1500, ..Stats::default() }.prometheus();
+        assert!(text.contains("# TYPE llamacpp:moe_hot_hits_total counter\nllamacpp:moe_hot_hits_total 3\n"));
+        assert!(text.contains("llamacpp:moe_hot_rebalance_seconds_total 0.0015\n"));
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len() % 3, 0);
+        for l in lines.chunks(3) {
+            let name = l[2].split(' ').next().unwrap();
+            assert!(l[0].starts_with(&format!("# HELP {name} ")) && l[1] == format!("# TYPE {name} counter"));
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! What was routed: the ids that DISPATCH saw in one step, and the counters over all steps.
+
+/// Routed experts of one step, by layer. DISPATCH fills it, the end of the step takes it.
+#[derive(Clone, Default, Debug)]
+pub struct StepUsage {
+    /// Tokens of the step's ubatch.
+    pub n_tokens: u32,
+    /// `ids[layer]`: experts routed in that layer, tokens one after the other; every id, hit or miss.
+    pub ids: Vec<Vec<u16>>,
+    /// Ids that had a slot.
+    pub hits: u64,
+    /// Ids that had none.
+    pub misses: u64,
+}
+
+impl StepUsage {
+    /// Empty usage over `n_layers` layers.
+    pub fn new(n_layers: usize) -> Self {
+        StepUsage { ids: vec![Vec::new(); n_layers], ..Self::default() }
+    }
+
+    /// Whether any layer routed anything.
+    pub fn is_empty(&self) -> bool {
+        self.ids.iter().all(Vec::is_empty)
+    }
+
+    /// Forgets the step, keeps the memory.
+    pub fn clear(&mut self) {
+        self.n_tokens = 0;
+        self.hits = 0;
+        self.misses = 0;
+        self.ids.iter_mut().for_each(Vec::clear);
+    }
+}
