@@ -1,1 +1,249 @@
-fn main() {}
+//! The cold engine by weight type and the two nodes of a layer, with ggml's own row functions from
+//! build/bin (MOE_HOT_BUILD_DIR); without a build there is nothing to measure, and that is said.
+//!
+//! `cold/TYPE`: one thread computes a token's 8 cold experts of a layer 1024 wide with 512 hidden units;
+//! the experts are taken in turn from more memory than the caches hold. `node/...`: DISPATCH and JOIN of
+//! a layer whose experts all have slots, and of one that has none but no weights to speak of.
+
+use std::{
+    ffi::{CString, c_char, c_int, c_void},
+    hint::black_box,
+    path::PathBuf,
+    ptr,
+    sync::Arc,
+    time::Duration,
+};
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use moe_hot::{
+    cold::{Activation, ColdRow, Engine, Layer, Matrix, kernel},
+    ffi,
+    ggml::ggml_tensor,
+};
+
+const N_EMBD: usize = 1024;
+const N_FF: usize = 512;
+const N_USED: usize = 8;
+/// Weights to go through before an expert comes again, in bytes.
+const MEMORY: usize = 256 << 20;
+
+/// ggml's type, its name, elements and bytes of a block.
+const TYPES: [(i32, &str, usize, usize); 9] = [
+    (2, "q4_0", 32, 18),
+    (8, "q8_0", 32, 34),
+    (12, "q4_K", 256, 144),
+    (13, "q5_K", 256, 176),
+    (14, "q6_K", 256, 210),
+    (20, "iq4_nl", 32, 18),
+    (23, "iq4_xs", 256, 136),
+    (39, "mxfp4", 32, 17),
+    (1, "f16", 1, 2),
+];
+
+/// `ggml_type_traits_cpu`.
+#[repr(C)]
+struct Traits {
+    from_float: Option<kernel::FromFloat>,
+    vec_dot: Option<kernel::VecDot>,
+    vec_dot_type: c_int,
+    nrows: i64,
+}
+
+struct Ggml {
+    cpu: libloading::Library,
+    base: libloading::Library,
+}
+
+impl Ggml {
+    fn load() -> Option<Self> {
+        let dir = std::env::var_os("MOE_HOT_BUILD_DIR")
+            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("build"), PathBuf::from);
+        // SAFETY: ggml's libraries do nothing on load that a benchmark minds.
+        unsafe {
+            let base = libloading::Library::new(dir.join("bin/libggml-base.so")).ok()?;
+            let cpu = libloading::Library::new(dir.join("bin/libggml-cpu.so")).ok()?;
+            cpu.get::<unsafe extern "C" fn()>(b"ggml_cpu_init").ok()?();
+            Some(Ggml { cpu, base })
+        }
+    }
+
+    fn traits(&self, ty: i32) -> &Traits {
+        // SAFETY: the signature is the header's; the table is static.
+        unsafe {
+            let get: libloading::Symbol<unsafe extern "C" fn(c_int) -> *const Traits> =
+                self.cpu.get(b"ggml_get_type_traits_cpu").unwrap();
+            &*get(ty)
+        }
+    }
+
+    fn row_bytes(&self, ty: i32, n: usize) -> usize {
+        // SAFETY: the signature is the header's.
+        unsafe {
+            let get: libloading::Symbol<unsafe extern "C" fn(c_int, i64) -> usize> =
+                self.base.get(b"ggml_row_size").unwrap();
+            get(ty, n as i64)
+        }
+    }
+
+    fn matrix(&self, data: *const u8, ty: i32, n_in: usize, n_out: usize) -> Matrix {
+        let t = self.traits(ty);
+        let row_bytes = self.row_bytes(ty, n_in);
+        Matrix {
+            data,
+            ty,
+            n_in,
+            n_out,
+            row_bytes,
+            expert_bytes: n_out * row_bytes,
+            vec_dot: t.vec_dot.unwrap(),
+            from_float: self.traits(t.vec_dot_type).from_float,
+            act_row_bytes: self.row_bytes(t.vec_dot_type, n_in),
+        }
+    }
+}
+
+unsafe extern "C" fn swiglu(n: c_int, y: *mut f32, x: *const f32, g: *const f32) {
+    for i in 0..n as usize {
+        // SAFETY: the engine passes n elements each.
+        unsafe { *y.add(i) = *x.add(i) / (1.0 + (-*x.add(i)).exp()) * *g.add(i) };
+    }
+}
+
+fn cold(c: &mut Criterion, ggml: &Ggml) {
+    let act: Vec<f32> = (0..N_EMBD).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
+    for (ty, name, elements, bytes) in TYPES {
+        let expert = 3 * N_EMBD * N_FF / elements * bytes;
+        let n_expert = MEMORY / expert / N_USED * N_USED;
+        // small positive bytes: no block has a scale that is not a number
+        let data: Vec<u8> = (0..n_expert * expert).map(|i| (i % 47) as u8).collect();
+        let at = |part: usize| data[part * n_expert * expert / 3..].as_ptr();
+        let layer = Layer {
+            il: 0,
+            n_expert,
+            n_used: N_USED,
+            gate: Some(ggml.matrix(at(0), ty, N_EMBD, N_FF)),
+            up: ggml.matrix(at(1), ty, N_EMBD, N_FF),
+            down: ggml.matrix(at(2), ty, N_FF, N_EMBD),
+            merged: false,
+            activation: Activation::Gated(swiglu),
+        };
+        let layers: Arc<[Layer]> = [layer].into();
+        let engine = Engine::new(layers.clone(), 1);
+        let mut first = 0;
+        let mut group = c.benchmark_group("cold");
+        group.throughput(Throughput::Bytes((N_USED * layers[0].expert_bytes()) as u64));
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                first = (first + N_USED) % n_expert;
+                let row = |k| ColdRow { expert: (first + k) as u32, token: 0, row: k as u32 };
+                let rows: Vec<_> = (0..N_USED).map(row).collect();
+                // SAFETY: one request at a time, with an activation row of N_EMBD.
+                unsafe { engine.post(0, 1, &rows, |_| act.as_ptr()) };
+                engine.finish(Duration::from_secs(1)).unwrap();
+                // SAFETY: the request is finished.
+                black_box(unsafe { engine.output(0, N_EMBD) }[0])
+            });
+        });
+    }
+}
+
+fn tensor(data: *mut c_void, size: usize, ne: [i64; 3], nb1: usize) -> ggml_tensor {
+    // SAFETY: a tensor of zeroes is one without sources.
+    let mut t: ggml_tensor = unsafe { std::mem::zeroed() };
+    t.data = data;
+    t.ne = [ne[0], ne[1], ne[2], 1];
+    t.nb = [size, nb1, nb1 * ne[1] as usize, nb1 * (ne[1] * ne[2]) as usize];
+    t
+}
+
+fn option(name: &str, value: &str) {
+    let (name, value) = (CString::new(name).unwrap(), CString::new(value).unwrap());
+    let (name, value): (*const c_char, *const c_char) = (name.as_ptr(), value.as_ptr());
+    // SAFETY: both are zero-terminated.
+    assert_eq!(unsafe { ffi::moe_hot_option_set(name, value) }, ffi::moe_hot_status::MOE_HOT_OK);
+}
+
+/// A layer with experts of one block, so that the nodes themselves are what is measured.
+fn nodes(c: &mut Criterion, ggml: &Ggml) {
+    const SMALL: usize = 32;
+    const EXPERTS: usize = 64;
+    let data = vec![1u8; 3 * EXPERTS * SMALL * 18];
+    let matrix = |part: usize| {
+        let m = ggml.matrix(data[part * EXPERTS * SMALL * 18..].as_ptr(), 2, SMALL, SMALL);
+        ffi::moe_hot_matrix {
+            data: m.data.cast(),
+            type_: m.ty,
+            n_in: SMALL as i64,
+            n_out: SMALL as i64,
+            row_bytes: m.row_bytes,
+            expert_bytes: m.expert_bytes,
+            vec_dot: Some(m.vec_dot),
+            from_float: m.from_float,
+            act_row_bytes: m.act_row_bytes,
+        }
+    };
+    let layer = ffi::moe_hot_layer {
+        il: 0,
+        n_expert: EXPERTS as i32,
+        n_used: N_USED as i32,
+        gate: matrix(0),
+        up: matrix(1),
+        down: matrix(2),
+        merged: false,
+        activation: ffi::moe_hot_activation::MOE_HOT_GATED,
+        gated: Some(swiglu),
+        unary: None,
+    };
+    option("moe-hot-k", "64");
+    option("moe-hot-threads", "0");
+    for (name, interval) in [("node/all hot", "1"), ("node/all cold", "1048576")] {
+        option("moe-hot-rebalance-interval", interval);
+        let (mut ctx, mut active) = (ptr::null_mut(), false);
+        // SAFETY: as the C test does it: one context, used by one thread, freed at the end.
+        unsafe {
+            ffi::moe_hot_context_create(data.as_ptr().cast(), &raw mut ctx);
+            ffi::moe_hot_offer(ctx, &raw const layer);
+            ffi::moe_hot_activate(ctx, 1, &raw mut active);
+            assert!(active);
+            let op = ffi::moe_hot_op_data(ctx, 0);
+            let mut cur = [0.5f32; SMALL];
+            let mut ids: [i32; N_USED] = std::array::from_fn(|k| k as i32 * 7);
+            let mut slots = [0i32; N_USED];
+            let mut out = [0.0f32; SMALL * N_USED];
+            let mut t_cur = tensor(cur.as_mut_ptr().cast(), 4, [SMALL as i64, 1, 1], SMALL * 4);
+            let mut t_ids = tensor(ids.as_mut_ptr().cast(), 4, [N_USED as i64, 1, 1], N_USED * 4);
+            let mut t_slots = tensor(slots.as_mut_ptr().cast(), 4, [N_USED as i64, 1, 1], N_USED * 4);
+            let mut t_out = tensor(out.as_mut_ptr().cast(), 4, [SMALL as i64, N_USED as i64, 1], SMALL * 4);
+            t_slots.src[0] = &raw mut t_cur;
+            t_slots.src[1] = &raw mut t_ids;
+            t_out.src[1] = &raw mut t_slots;
+            let mut token = || {
+                ffi::moe_hot_step_begin(ctx, 1);
+                ffi::moe_hot_dispatch(&raw mut t_slots, 0, 1, op);
+                ffi::moe_hot_join(&raw mut t_out, 0, 1, op);
+                ffi::moe_hot_step_end(ctx);
+            };
+            // until the slots are filled, or will never be
+            for _ in 0..50 {
+                token();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            c.bench_function(name, |b| b.iter(&mut token));
+            ffi::moe_hot_context_free(ctx);
+        }
+    }
+    ffi::moe_hot_model_free(data.as_ptr().cast());
+}
+
+fn bench(c: &mut Criterion) {
+    match Ggml::load() {
+        Some(ggml) => {
+            nodes(c, &ggml);
+            cold(c, &ggml);
+        }
+        None => eprintln!("benches/cold: there is no build of llama.cpp, run scripts/build first"),
+    }
+}
+
+criterion_group!(benches, bench);
+criterion_main!(benches);
