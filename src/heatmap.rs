@@ -77,7 +77,7 @@ pub fn draw(
         let bar = (n_layer * row).max(60);
         for y in 0..bar {
             let c = colour(1.0 - f64::from(y) / f64::from(bar));
-            area.draw(&Rectangle::new([(x, MARGIN.1 + y), (x + 14, MARGIN.1 + y)], c.filled()))?;
+            area.draw(&Rectangle::new([(x, MARGIN.1 + y), (x + 14, MARGIN.1 + y + 1)], c.filled()))?;
         }
         for (at, n) in [(0, most), (bar - 12, 0)] {
             let label = format!("{:.0}%", 100.0 * share(n));

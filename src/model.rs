@@ -444,11 +444,11 @@ impl Control {
             }
             control.policy.observe(usage.n_tokens, &self.ids);
         }
-        if let Some(trace) = &mut self.trace {
-            if let Err(e) = trace.routed(usage.n_tokens, &usage.ids) {
-                log!(Level::Error, "moe-hot: the routing trace ends here: {e}");
-                self.trace = None;
-            }
+        if let Some(trace) = &mut self.trace
+            && let Err(e) = trace.routed(usage.n_tokens, &usage.ids)
+        {
+            log!(Level::Error, "moe-hot: the routing trace ends here: {e}");
+            self.trace = None;
         }
     }
 
@@ -515,10 +515,10 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if let Some(trace) = &mut self.trace {
-            if let Err(e) = trace.flush() {
-                log!(Level::Error, "moe-hot: the end of the routing trace could not be written: {e}");
-            }
+        if let Some(trace) = &mut self.trace
+            && let Err(e) = trace.flush()
+        {
+            log!(Level::Error, "moe-hot: the end of the routing trace could not be written: {e}");
         }
     }
 }

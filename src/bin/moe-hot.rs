@@ -1,6 +1,9 @@
 //! The `moe-hot` command: works on routing traces (`--moe-hot-trace` of the patched tools).
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 use moe_hot::{
@@ -73,7 +76,7 @@ fn row(trace: &str, name: &str, k: u32, interval: &str, o: &Outcome, best: &Outc
     ]
 }
 
-fn read(path: &PathBuf) -> Result<Routing, String> {
+fn read(path: &Path) -> Result<Routing, String> {
     TraceReader::open(path).and_then(Routing::read).map_err(|e| e.to_string())
 }
 

@@ -295,7 +295,7 @@ impl Engine {
         let mut spins = 0u32;
         while self.mailbox.done() != total {
             spins = spins.wrapping_add(1);
-            if spins % SPINS == 0 {
+            if spins.is_multiple_of(SPINS) {
                 let start = *since.get_or_insert_with(Instant::now);
                 if start.elapsed() > bound {
                     return Err(EngineError::TimedOut(bound));
@@ -347,10 +347,10 @@ impl Engine {
     fn release_dependents(&self, req: &Request, unit: usize) {
         if unit < req.convert_units {
             self.tokens_ready.fetch_add(1, Ordering::Release);
-        } else if let Some(g) = unit.checked_sub(req.convert_units).map(|u| u / req.up_chunks) {
-            if g < req.groups.len() {
-                self.hidden_ready[g].store(1, Ordering::Release);
-            }
+        } else if let Some(g) = unit.checked_sub(req.convert_units).map(|u| u / req.up_chunks)
+            && g < req.groups.len()
+        {
+            self.hidden_ready[g].store(1, Ordering::Release);
         }
     }
 
@@ -446,7 +446,7 @@ fn wait_for(counter: &AtomicU32, target: u32) {
     let mut spins = 0u32;
     while counter.load(Ordering::Acquire) < target {
         spins = spins.wrapping_add(1);
-        if spins % SPINS == 0 {
+        if spins.is_multiple_of(SPINS) {
             // more threads than cores: let the one we wait for run
             std::thread::yield_now();
         } else {

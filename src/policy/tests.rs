@@ -156,7 +156,7 @@ fn decay_seeds_free_slots_from_the_prompt_only() {
     assert_eq!(p.residents(), [6, 7], "the most used of the prompt");
     p.token(&[1]);
     p.token(&[1]);
-    assert_eq!(p.residents().contains(&1), true, "any decoded use is worth more");
+    assert!(p.residents().contains(&1), "any decoded use is worth more");
 }
 
 proptest! {
