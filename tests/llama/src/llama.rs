@@ -279,13 +279,15 @@ pub struct ContextOptions {
     pub n_ubatch: u32,
     /// Most sequences.
     pub n_seq_max: u32,
+    /// Whether sequences share the cells of one cache.
+    pub kv_unified: bool,
     /// ggml's threads.
     pub n_threads: i32,
 }
 
 impl Default for ContextOptions {
     fn default() -> Self {
-        ContextOptions { n_ctx: 1024, n_ubatch: 512, n_seq_max: 1, n_threads: 1 }
+        ContextOptions { n_ctx: 1024, n_ubatch: 512, n_seq_max: 1, kv_unified: false, n_threads: 1 }
     }
 }
 
@@ -337,6 +339,7 @@ impl Model<'_> {
         params.n_batch = options.n_ctx;
         params.n_ubatch = options.n_ubatch;
         params.n_seq_max = options.n_seq_max;
+        params.kv_unified = options.kv_unified;
         params.n_threads = options.n_threads;
         params.n_threads_batch = options.n_threads;
         // SAFETY: the model is valid and outlives the context.

@@ -93,11 +93,15 @@ impl Schedule {
         Schedule { name: format!("ubatches of {n_ubatch}"), context, batches }
     }
 
-    /// `n_seq` sequences that start one after the other and are decoded together, most often one token
-    /// of each.
+    /// `n_seq` sequences that are decoded together, most often one token of each. They start one after the
+    /// other, with a prompt in the same batch as the next tokens of those before.
     pub fn sequences(n_vocab: usize, seed: u64, n_seq: u32, n_rounds: usize) -> Self {
         let mut all: Vec<_> = (0..n_seq as i32).map(|seq| Sequence::new(seq, seed, n_vocab)).collect();
-        let mut batches: Vec<_> = all.iter_mut().map(|s| s.take(3 + 5 * s.seq as usize)).collect();
+        let mut batches = Vec::new();
+        for newest in 0..all.len() {
+            let prompt = |s: usize| if s == newest { 4 + 5 * s } else { 1 };
+            batches.push((0..=newest).flat_map(|s| all[s].take(prompt(s))).collect());
+        }
         for round in 0..n_rounds {
             let length = |s: &Sequence| match round % 8 {
                 // some have stopped
@@ -109,7 +113,8 @@ impl Schedule {
             batches.push(all.iter_mut().flat_map(|s| s.take(length(s))).collect());
         }
         batches.push(all.iter_mut().flat_map(|s| s.take(9)).collect());
-        let context = ContextOptions { n_seq_max: n_seq, ..ContextOptions::default() };
+        let kv_unified = n_seq % 2 == 1;
+        let context = ContextOptions { n_seq_max: n_seq, kv_unified, ..ContextOptions::default() };
         Schedule { name: format!("{n_seq} sequences"), context, batches }
     }
 

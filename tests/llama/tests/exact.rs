@@ -103,6 +103,7 @@ fn every_synthetic_model_with_several_sequences() {
         let model = load(&llama, about);
         let n_seq = 2 + i as u32 % 3;
         let schedule = Schedule::sequences(model.n_vocab(), 2, n_seq, 40);
+        let schedule = if i % 2 == 0 { schedule } else { schedule.last_outputs() };
         let config =
             Hot { k: about.ks()[1], interval: 1 + i as u32 % 5, workers: i as u32 % 2, ..Hot::default() };
         all(&mut failures, &llama, &model, about, &schedule, &[config]);
@@ -154,7 +155,9 @@ fn in_depth(about: &TestModel, n_single: usize) {
     for n_seq in [2, 3, 4] {
         let configs =
             [1, middle, every].map(|k| Hot { k, interval: 4, workers: n_seq % 2, ..Hot::default() });
-        all(&mut failures, &llama, &model, about, &Schedule::sequences(n_vocab, 5, n_seq, 64), &configs);
+        let schedule = Schedule::sequences(n_vocab, 5, n_seq, 64);
+        all(&mut failures, &llama, &model, about, &schedule, &configs);
+        all(&mut failures, &llama, &model, about, &schedule.last_outputs(), &configs);
     }
     let policies = POLICIES.map(|policy| Hot { k: middle, interval: 2, policy, ..Hot::default() });
     all(&mut failures, &llama, &model, about, &Schedule::mixed(n_vocab, 6, n_single), &policies);

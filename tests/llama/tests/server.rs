@@ -11,7 +11,10 @@ use std::{
     io::{BufRead, BufReader, Read},
     net::TcpListener,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{self, Sender},
+    },
     time::{Duration, Instant},
 };
 
@@ -48,6 +51,8 @@ impl Server {
         command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
         // stock's experts stay as they are in the file, as those of the cache do
         command.args(["--parallel", "4", "-c", "4096", "-t", "2", "--no-repack", "-lv", "4"]);
+        // a stream that is cut off ends at its next ping: 30 s later as stock has it
+        command.args(["--sse-ping-interval", "1"]);
         for (name, _) in HOT {
             command.env_remove(name);
         }
@@ -357,44 +362,46 @@ fn answers_equal_stocks() {
     );
 }
 
-/// Sends SIGTERM while four streams run. Exit status, and what the clients saw.
+/// One request after the other, until the server hangs up. `started` hears of the first tokens.
+fn keep_busy(port: u16, prompt: &str, started: &Sender<()>) {
+    let body =
+        json!({"prompt": prompt, "max_tokens": 500, "stream": true, "ignore_eos": true, "temperature": 0});
+    let url = format!("http://127.0.0.1:{port}/v1/completions");
+    loop {
+        let request = minreq::post(&url).with_body(body.to_string()).with_timeout(60);
+        let Ok(response) = request.send_lazy() else { return };
+        let mut n_events = 0;
+        let mut done = false;
+        for line in BufReader::new(response).lines().map_while(Result::ok) {
+            done |= line == "data: [DONE]";
+            n_events += usize::from(line.starts_with("data: "));
+            if n_events == 5 {
+                // nobody listens any more once all have started
+                let _ = started.send(());
+            }
+        }
+        if !done {
+            return;
+        }
+    }
+}
+
+/// Sends SIGTERM while four streams run. Exit status, time to end, log.
 fn terminate_while_busy(hot: bool) -> (ExitStatus, Duration, String) {
     let mut server = Server::start(hot);
-    let port = server.port;
-    let pid = server.pid();
-    let busy: Vec<_> = (0..N_CLIENTS)
-        .map(|i| {
-            let body = json!({
-                "prompt": format!("{i} In the beginning"), "max_tokens": 900, "stream": true, "ignore_eos": true,
-                "temperature": 0
-            });
-            let (started, starts) = std::sync::mpsc::channel();
-            let client = std::thread::spawn(move || {
-                let url = format!("http://127.0.0.1:{port}/v1/completions");
-                let Ok(response) = minreq::post(url).with_body(body.to_string()).with_timeout(60).send_lazy() else {
-                    return;
-                };
-                let mut lines = BufReader::new(response).lines().map_while(Result::ok);
-                // a few tokens have come: it runs
-                if lines.by_ref().filter(|l| l.starts_with("data: ")).nth(4).is_some() {
-                    // nobody listens any more when the test has failed
-                    let _ = started.send(());
-                }
-                // the rest, until the server hangs up
-                lines.for_each(drop);
-            });
-            (client, starts)
-        })
-        .collect();
-    for (_, starts) in &busy {
-        let started = starts.recv_timeout(Duration::from_secs(60));
-        assert!(started.is_ok(), "a stream of server {pid} does not start:\n{}", server.log_end());
-    }
-    let (status, took) = server.terminate();
-    for (client, _) in busy {
-        client.join().expect("a client does not fail");
-    }
-    (status, took, server.log())
+    std::thread::scope(|scope| {
+        let (port, mut starts) = (server.port, Vec::new());
+        for i in 0..N_CLIENTS {
+            let (started, starts_here) = mpsc::channel();
+            starts.push(starts_here);
+            scope.spawn(move || keep_busy(port, &format!("{i} In the beginning"), &started));
+        }
+        let all = starts.iter().all(|s| s.recv_timeout(Duration::from_secs(60)).is_ok());
+        let (status, took) = server.terminate();
+        let log = server.log();
+        assert!(all, "a stream does not start:\n{}", server.log_end());
+        (status, took, log)
+    })
 }
 
 #[test]
