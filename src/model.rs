@@ -186,6 +186,14 @@ impl Model {
             by_key.entry(class_key(l)).or_default().push(i);
         }
 
+        // classes often have the same to say
+        let mut notes: Vec<String> = Vec::new();
+        let mut note = |text: String| {
+            if !notes.contains(&text) {
+                log!(Level::Warn, "{text}");
+                notes.push(text);
+            }
+        };
         let (mut classes, mut maps, mut controls) = (Vec::new(), Vec::new(), Vec::new());
         let mut place = vec![(0, 0); layers.len()];
         for l in layers.iter() {
@@ -199,18 +207,16 @@ impl Model {
             let n_expert = members.iter().map(|&l| layers[l].n_expert).max().unwrap_or(0) as u32;
             let n_used = members.iter().map(|&l| layers[l].n_used).max().unwrap_or(0) as u32;
             if k > n_expert {
-                log!(
-                    Level::Warn,
+                note(format!(
                     "moe-hot: K = {k} is more than the {n_expert} experts of a layer, using {n_expert}"
-                );
+                ));
             }
             let per_layer = k.min(n_expert);
             if per_layer < SLOTS_PER_USED * n_used && per_layer < n_expert {
-                log!(
-                    Level::Warn,
+                note(format!(
                     "moe-hot: K = {per_layer} is less than {SLOTS_PER_USED} x {n_used} experts a token: \
                      experts will leave before they are used again, this is unlikely to pay"
-                );
+                ));
             }
             let n_slots = per_layer * members.len() as u32;
             let memory: Option<Vec<_>> =

@@ -22,6 +22,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use parking_lot::Mutex;
+
 use crate::policy::{Key, Swap};
 
 const MAGIC: [u8; 8] = *b"MOEHOTRT";
@@ -42,6 +44,12 @@ pub enum TraceError {
         path: String,
         /// Why.
         source: io::Error,
+    },
+    /// Another model of this process writes it.
+    #[error("{path}: is being written for another model")]
+    InUse {
+        /// The file.
+        path: String,
     },
     /// It is something else.
     #[error("{path}: not a routing trace, it does not begin with MOEHOTRT")]
@@ -126,7 +134,10 @@ pub enum TraceRecord {
     },
 }
 
-/// Writes a trace, block by block.
+/// Traces that are being written. Options are the process's, so two models would share a file.
+static OPEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Writes a trace, block by block. What has not been flushed when it is dropped is lost.
 pub struct TraceWriter {
     path: PathBuf,
     file: File,
@@ -142,8 +153,12 @@ impl TraceWriter {
     /// Creates or replaces the file at `path`.
     ///
     /// # Errors
-    /// [`TraceError::Io`].
+    /// [`TraceError::Io`], [`TraceError::InUse`].
     pub fn create(path: &Path, header: &TraceHeader) -> Result<Self, TraceError> {
+        let mut open = OPEN.lock();
+        if open.iter().any(|p| p == path) {
+            return Err(TraceError::InUse { path: path.display().to_string() });
+        }
         let mut head = Vec::new();
         head.extend(header.fingerprint.to_le_bytes());
         head.extend(header.k.to_le_bytes());
@@ -160,6 +175,7 @@ impl TraceWriter {
         start.extend(crc32fast::hash(&head).to_le_bytes());
         let mut file = File::create(path).map_err(io_error(path))?;
         file.write_all(&start).map_err(io_error(path))?;
+        open.push(path.into());
         let wide = header.layers.iter().map(|l| l.n_expert > 256).collect();
         Ok(TraceWriter { path: path.into(), file, wide, body: Vec::new() })
     }
@@ -203,6 +219,12 @@ impl TraceWriter {
         block.extend(crc32fast::hash(&self.body).to_le_bytes());
         block.append(&mut self.body);
         self.file.write_all(&block).map_err(io_error(&self.path))
+    }
+}
+
+impl Drop for TraceWriter {
+    fn drop(&mut self) {
+        OPEN.lock().retain(|p| *p != self.path);
     }
 }
 
@@ -507,6 +529,17 @@ mod tests {
         let (got, error) = read(&bytes[..bytes.len() - 1]);
         assert!(!got.is_empty() && got.len() < records.len() && records.starts_with(&got));
         assert!(error.unwrap().contains("truncated"));
+    }
+
+    #[test]
+    fn two_models_do_not_write_the_same_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t");
+        let first = TraceWriter::create(&path, &header()).unwrap();
+        let e = TraceWriter::create(&path, &header()).err().unwrap().to_string();
+        assert_eq!(e, format!("{}: is being written for another model", path.display()));
+        drop(first);
+        assert!(TraceWriter::create(&path, &header()).is_ok());
     }
 
     #[test]

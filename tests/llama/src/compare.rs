@@ -1,5 +1,7 @@
 //! Runs a schedule with and without slots and compares the logits, bit by bit.
 
+use std::time::Duration;
+
 use crate::{
     llama::{Context, Exclusive, Hot, Logits, Model, Stats},
     models::TestModel,
@@ -22,7 +24,14 @@ pub struct Run {
 /// # Errors
 /// What `llama_decode` returned.
 pub fn decode(ctx: &mut Context<'_>, schedule: &Schedule) -> Result<Run, String> {
-    let logits = schedule.batches.iter().map(|b| ctx.decode(b)).collect::<Result<_, _>>()?;
+    let mut logits = Vec::new();
+    for batch in &schedule.batches {
+        logits.push(ctx.decode(batch)?);
+        if ctx.stats().is_some_and(|s| s.n_rebalances > 0 && s.n_uploads + s.n_hits == 0) {
+            // small models are through before a busy machine has given the copy thread its turn
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
     Ok(Run { logits, stats: ctx.stats() })
 }
 
@@ -101,6 +110,9 @@ fn lacking(about: &TestModel, schedule: &Schedule, hot: &Hot, s: &Stats) -> Vec<
     expect(s.n_uploads <= u64::from(slots) + s.n_evictions, "more uploads than slots that were free");
     if s.n_tokens > u64::from(hot.interval) {
         expect(s.n_rebalances > 0, "no plan was made");
+    }
+    // a copy is seen at the first boundary after it has ended: not in a run that ends with the plan
+    if s.n_tokens >= u64::from(hot.interval) + 16 {
         // a pool that an earlier context has filled needs no more
         expect(s.n_uploads + s.n_hits > 0, "no expert was uploaded");
     }

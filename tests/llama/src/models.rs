@@ -1,11 +1,7 @@
 //! The synthetic test models: one of every architecture, weight type and special case, made by
 //! `scripts/gen-moe-gguf --test-set` and kept in `.cache/test-models`.
 
-use std::{
-    path::PathBuf,
-    process::Command,
-    sync::{Mutex, OnceLock},
-};
+use std::{path::PathBuf, process::Command, sync::OnceLock};
 
 use serde::Deserialize;
 
@@ -50,8 +46,8 @@ impl TestModel {
     }
 }
 
-/// All synthetic models and adapters. The generator runs on each call of a process's first: it writes
-/// only what is missing or was made by another version of itself.
+/// All synthetic models and adapters. The generator runs once a process, and writes only what is missing or
+/// was made by another version of itself.
 ///
 /// # Panics
 /// When the generator fails.
@@ -97,22 +93,4 @@ pub fn shipped() -> TestModel {
         supported: true,
         base: None,
     }
-}
-
-/// A model in `.cache/test-models` that the test set does not have, made with the generator's arguments.
-///
-/// # Panics
-/// When the generator fails.
-pub fn generated(name: &str, args: &[&str]) -> PathBuf {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _guard = ONE_AT_A_TIME.lock();
-    let file = root().join(".cache/test-models").join(name);
-    let made = Command::new(root().join(".venv/bin/python"))
-        .arg(root().join("scripts/gen-moe-gguf"))
-        .arg(&file)
-        .args(args)
-        .output()
-        .expect("python can be started: run scripts/setup first");
-    assert!(made.status.success(), "gen-moe-gguf {name}: {}", String::from_utf8_lossy(&made.stderr));
-    file
 }

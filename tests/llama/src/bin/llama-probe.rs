@@ -40,9 +40,9 @@ fn graph(path: &Path, sizes: &[&str]) -> Result<String, String> {
         let n: i32 = size.parse().map_err(|_| format!("'{size}' is no number of tokens"))?;
         ctx.clear();
         llama.take_log();
-        ctx.decode(
-            &(0..n).map(|pos| Input { token: pos + 5, pos, seq: 0, output: true }).collect::<Vec<_>>(),
-        )?;
+        // as for a prompt: the last layer computes one token only
+        let input = |pos| Input { token: pos + 5, pos, seq: 0, output: pos + 1 == n };
+        ctx.decode(&(0..n).map(input).collect::<Vec<_>>())?;
         out += &format!("# ubatch of {n}\n");
         let mut listed = false;
         for line in llama.take_log() {
