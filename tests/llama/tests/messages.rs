@@ -274,7 +274,8 @@ fn all_output(out: &Output) -> String {
 }
 
 /// llama-bench has flags for what one wants to compare, and takes the others from the environment.
-const BENCH_FLAGS: [&str; 3] = ["moe-hot-k", "moe-hot-rebalance-interval", "moe-hot-policy"];
+const BENCH_FLAGS: [&str; 4] =
+    ["moe-hot-k", "moe-hot-rebalance-interval", "moe-hot-policy", "moe-hot-threads"];
 
 #[test]
 fn tools_refuse_bad_values_as_flag_and_in_the_environment() {

@@ -3,8 +3,8 @@
 //! One request at a time, and several prompts in one request, give both servers the same batches: there all
 //! numbers are equal, to the last bit. Independent clients do not: which requests share a batch depends on
 //! timing, and ggml takes other kernels for other batch sizes. On this model that changes 9 or 10 of 200 of
-//! stock's own answers against those it gives one at a time (three runs: 191, 190, 190 equal; with slots 189,
-//! 190, 190). So independent clients are compared with what stock does to itself.
+//! stock's own answers against those it gives one at a time (eight runs), and 9 to 14 with slots (seven runs).
+//! So independent clients are compared with what stock does to itself.
 
 use std::{
     fs::File,
