@@ -29,9 +29,6 @@ use crate::{
     usage::StepUsage,
 };
 
-/// Most bytes that one plan may move. A constant, so that plans do not depend on the machine's speed.
-pub const PLAN_BYTES: u64 = 256 << 20;
-
 /// With fewer slots a layer than this many times its experts a token, the set turns over faster than
 /// it is used.
 const SLOTS_PER_USED: u32 = 3;
@@ -69,7 +66,7 @@ pub struct Class {
 struct ClassControl {
     table: SlotTable,
     policy: Box<dyn Policy>,
-    limits: Limits,
+    uses_since_plan: u64,
 }
 
 /// All that changes at step boundaries.
@@ -236,9 +233,7 @@ impl Model {
             controls.push(ClassControl {
                 table: SlotTable::new(n_slots),
                 policy: policy::build(self.config.policy, shape),
-                limits: Limits {
-                    max_swaps: (PLAN_BYTES / expert_bytes.max(1) as u64).clamp(1, u64::from(u32::MAX)) as u32,
-                },
+                uses_since_plan: 0,
             });
             classes.push(Class { layers: members, n_slots, memory, expert_bytes });
         }
@@ -447,6 +442,7 @@ impl Control {
             self.ids.resize_with(class.layers.len(), Vec::new);
             for (ids, &layer) in self.ids.iter_mut().zip(&class.layers) {
                 ids.clone_from(&usage.ids[layer]);
+                control.uses_since_plan += ids.len() as u64;
             }
             control.policy.observe(usage.n_tokens, &self.ids);
         }
@@ -465,7 +461,8 @@ impl Control {
             self.assigned.clear();
             self.assigned.extend(control.table.assigned());
             self.plan.clear();
-            control.policy.plan(&self.assigned, control.limits, &mut self.plan);
+            let limits = Limits::after(std::mem::take(&mut control.uses_since_plan));
+            control.policy.plan(&self.assigned, limits, &mut self.plan);
             for swap in &self.plan {
                 if let Action::Retire { key } = control.table.assign(swap.slot, swap.admit, self.clock) {
                     a.maps[class.layers[usize::from(key.layer)]].set(key.expert, -1);

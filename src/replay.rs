@@ -132,6 +132,7 @@ struct Pool {
     hot: Vec<bool>,
     /// Experts whose copy runs during the current ubatch.
     copying: Vec<Key>,
+    uses_since_plan: u64,
 }
 
 /// Replays `routing` with `k` slots a layer and a plan every `interval` tokens. `plan` is told of every
@@ -141,7 +142,6 @@ pub fn replay(
     kind: PolicyKind,
     k: u32,
     interval: u32,
-    limits: Limits,
     mut plan: impl FnMut(usize, u16, &Swap),
 ) -> Outcome {
     let mut pools: Vec<Pool> = Vec::new();
@@ -154,6 +154,7 @@ pub fn replay(
             slots: vec![None; shape.n_slots as usize],
             hot: vec![false; shape.n_keys()],
             copying: Vec::new(),
+            uses_since_plan: 0,
         });
     }
     let mut out = Outcome { tokens: routing.n_tokens(), ..Outcome::default() };
@@ -171,6 +172,7 @@ pub fn replay(
             }
             if planning {
                 swaps.clear();
+                let limits = Limits::after(std::mem::take(&mut p.uses_since_plan));
                 p.policy.plan(&p.slots, limits, &mut swaps);
                 for s in &swaps {
                     plan(at, class as u16, s);
@@ -187,6 +189,7 @@ pub fn replay(
                     let hot = p.hot[p.shape.index(Key { layer: i as u16, expert })];
                     *(if hot { &mut out.hits } else { &mut out.misses }) += 1;
                 }
+                p.uses_since_plan += step.ids[*layer].len() as u64;
                 ids.push(step.ids[*layer].clone());
             }
             p.policy.observe(step.n_tokens, &ids);
@@ -265,8 +268,6 @@ mod tests {
     use super::*;
     use crate::trace::TraceLayer;
 
-    const NO_LIMIT: Limits = Limits { max_swaps: u32::MAX };
-
     fn routing(n_layers: u16, n_expert: u16, steps: Vec<Vec<Vec<u16>>>) -> Routing {
         let layer = |il| TraceLayer { il, n_expert, n_used: 2, class: 0 };
         Routing {
@@ -280,7 +281,7 @@ mod tests {
     fn a_copy_takes_one_ubatch() {
         let r = routing(1, 4, vec![vec![vec![1]]; 4]);
         let mut planned = vec![];
-        let o = replay(&r, PolicyKind::Lru, 1, 1, NO_LIMIT, |at, _, s| planned.push((at, *s)));
+        let o = replay(&r, PolicyKind::Lru, 1, 1, |at, _, s| planned.push((at, *s)));
         // seen in step 0, planned before step 1, copied during it, hot from step 2
         assert_eq!(planned, [(1, Swap { slot: 0, evict: None, admit: Key { layer: 0, expert: 1 } })]);
         assert_eq!(o, Outcome { tokens: 4, hits: 2, misses: 2, uploads: 1 });
@@ -311,7 +312,7 @@ mod tests {
         ) {
             let steps = steps.into_iter().map(|s| s.into_iter().map(|mut ids: Vec<u16>| { ids.sort_unstable(); ids.dedup(); ids }).collect()).collect();
             let r = routing(2, 8, steps);
-            let o = replay(&r, kind, k, interval, NO_LIMIT, |_, _, _| {});
+            let o = replay(&r, kind, k, interval, |_, _, _| {});
             let best = optimum(&r, k, Scope::Pool);
             prop_assert!(o.hits <= best.hits, "{o:?} against {best:?}");
             prop_assert!(optimum(&r, k, Scope::Layer).hits <= best.hits);

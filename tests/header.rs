@@ -30,11 +30,14 @@ fn the_checked_in_header_is_the_generated_one() {
 #[test]
 fn a_c_program_uses_the_abi() {
     let out = tempfile::tempdir().unwrap();
-    // the archive that this very test run built, beside the test binary's folder
+    // cargo built it together with this test; older builds may lie beside it
     let exe = env::current_exe().unwrap();
-    let profile_dir = exe.parent().unwrap().parent().unwrap();
-    let archive = profile_dir.join("libmoe_hot.a");
-    assert!(archive.exists(), "{} is missing: cargo builds it with the library", archive.display());
+    let archives = fs::read_dir(exe.parent().unwrap()).unwrap().flatten().filter(|e| {
+        let name = e.file_name().into_string().unwrap_or_default();
+        name.starts_with("libmoe_hot-") && name.ends_with(".a")
+    });
+    let archive = archives.max_by_key(|e| e.metadata().unwrap().modified().unwrap());
+    let archive = archive.expect("cargo builds the archive with the library").path();
 
     let program = out.path().join("abi");
     // TARGET, HOST and OPT_LEVEL are a build script's; here they are the test's own

@@ -8,8 +8,7 @@ use std::{
 use clap::{Parser, Subcommand};
 use moe_hot::{
     heatmap,
-    model::PLAN_BYTES,
-    policy::{Limits, PolicyKind},
+    policy::PolicyKind,
     replay::{self, Outcome, Routing, Scope},
     trace::TraceReader,
 };
@@ -102,8 +101,7 @@ fn replay_all(
             rows.push(row(&trace, "optimum/layer", k, "-", &by_layer, &best));
             for &interval in intervals {
                 for &kind in policies {
-                    let limits = Limits { max_swaps: (PLAN_BYTES / (1 << 10)) as u32 };
-                    let o = replay::replay(&routing, kind, k, interval, limits, |_, _, _| {});
+                    let o = replay::replay(&routing, kind, k, interval, |_, _, _| {});
                     rows.push(row(&trace, &kind.to_string(), k, &interval.to_string(), &o, &best));
                 }
             }
