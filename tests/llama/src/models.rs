@@ -41,7 +41,7 @@ impl TestModel {
 
     /// Slots a layer to test with: the smallest pool, one in which experts come and go, and all.
     pub fn ks(&self) -> [u32; 3] {
-        let middle = (3 * self.n_used).min(self.n_expert / 2).max(2);
+        let middle = (2 * self.n_used).min(self.n_expert / 2).max(2);
         [1, middle, self.n_expert]
     }
 }
