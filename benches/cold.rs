@@ -128,7 +128,7 @@ fn cold(c: &mut Criterion, ggml: &Ggml) {
             activation: Activation::Gated(swiglu),
         };
         let layers: Arc<[Layer]> = [layer].into();
-        let engine = Engine::new(layers.clone(), 1);
+        let engine = Engine::new(layers.clone(), 1, None);
         let mut first = 0;
         let mut group = c.benchmark_group("cold");
         group.throughput(Throughput::Bytes((N_USED * layers[0].expert_bytes()) as u64));
@@ -193,6 +193,8 @@ fn nodes(c: &mut Criterion, ggml: &Ggml) {
         activation: ffi::moe_hot_activation::MOE_HOT_GATED,
         gated: Some(swiglu),
         unary: None,
+        device: ptr::null(),
+        max_tokens: 0,
     };
     option("moe-hot-k", "64");
     option("moe-hot-threads", "0");
@@ -217,8 +219,9 @@ fn nodes(c: &mut Criterion, ggml: &Ggml) {
             t_slots.src[0] = &raw mut t_cur;
             t_slots.src[1] = &raw mut t_ids;
             t_out.src[1] = &raw mut t_slots;
+            let mut hot = false;
             let mut token = || {
-                ffi::moe_hot_step_begin(ctx, 1);
+                ffi::moe_hot_step_begin(ctx, 1, &raw mut hot);
                 ffi::moe_hot_dispatch(&raw mut t_slots, 0, 1, op);
                 ffi::moe_hot_join(&raw mut t_out, 0, 1, op);
                 ffi::moe_hot_step_end(ctx);

@@ -80,6 +80,10 @@ typedef struct moe_hot_layer {
   void (*gated)(int n, float *y, const float *x, const float *g);
   // ggml's vector function for MOE_HOT_UNARY.
   void (*unary)(int n, float *y, const float *x);
+  // PCI address of the CUDA device that computes the layer, as ggml's device_id; null: the CPU does.
+  const char *device;
+  // Largest ubatch for which the device's MUL_MAT_ID skips negative ids with these weights; 0: any.
+  uint32_t max_tokens;
 } moe_hot_layer;
 
 // The slots of a layer's class: matrix i (gate, up, down; absent ones left out) of slot s is at
@@ -93,6 +97,8 @@ typedef struct moe_hot_slots {
   void *data[3];
   // Size by matrix.
   size_t bytes[3];
+  // Whether `data` are addresses of the layer's device.
+  bool on_device;
 } moe_hot_slots;
 
 // Counters since the context was created or reset; see `telemetry::Stats`.
@@ -225,13 +231,14 @@ enum moe_hot_status moe_hot_get_slots(const struct moe_hot_context *ctx,
 void *moe_hot_op_data(const struct moe_hot_context *ctx, int32_t layer);
 
 // A ubatch of `n_tokens` tokens is about to be computed: swaps that are ready become visible, and the
-// next are planned when their time has come.
+// next are planned when their time has come. `hot`: whether it may use slots, and must be ended.
+// MOE_HOT_FAILED: it must not be computed.
 //
 // # Safety
-// `ctx` is null or from `moe_hot_context_create`.
-enum moe_hot_status moe_hot_step_begin(struct moe_hot_context *ctx, uint32_t n_tokens);
+// `ctx` is null or from `moe_hot_context_create`; `hot` is null or valid for a write.
+enum moe_hot_status moe_hot_step_begin(struct moe_hot_context *ctx, uint32_t n_tokens, bool *hot);
 
-// The ubatch has been computed, all its nodes included. MOE_HOT_FAILED: its output must not be used.
+// The ubatch has been computed, all its nodes included and its device idle. MOE_HOT_FAILED: its output must not be used.
 //
 // # Safety
 // `ctx` is null or from `moe_hot_context_create`.
@@ -281,6 +288,32 @@ void moe_hot_dispatch(struct ggml_tensor *dst, int ith, int _nth, void *userdata
 // # Safety
 // As for `moe_hot_dispatch`.
 void moe_hot_join(struct ggml_tensor *dst, int ith, int nth, void *userdata);
+
+// Enqueues the DISPATCH node on `stream`, a `cudaStream_t` (`ggml_backend_cuda_custom_op_t`). Tensors as
+// for `moe_hot_dispatch`, in device memory.
+//
+// # Safety
+// Called by ggml on a node that the bridge built with the userdata of `moe_hot_op_data`.
+void moe_hot_cuda_dispatch(struct ggml_tensor *dst, void *stream, void *userdata);
+
+// Enqueues the JOIN node, otherwise as `moe_hot_cuda_dispatch`.
+//
+// # Safety
+// As for `moe_hot_cuda_dispatch`.
+void moe_hot_cuda_join(struct ggml_tensor *dst, void *stream, void *userdata);
+
+// What a DISPATCH node in VRAM is created with (`ggml_custom_op_t`). Runs only when the node was
+// scheduled on the CPU by mistake: the step fails.
+//
+// # Safety
+// As for `moe_hot_dispatch`.
+void moe_hot_cuda_dispatch_key(struct ggml_tensor *_dst, int _ith, int _nth, void *userdata);
+
+// The same for JOIN; a function of its own, because nodes are told apart by it.
+//
+// # Safety
+// As for `moe_hot_dispatch`.
+void moe_hot_cuda_join_key(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -117,3 +117,36 @@ build_env() {
         BINDGEN_EXTRA_CLANG_ARGS="-isystem $(cc -print-file-name=include)"
     fi
 }
+
+# The CUDA toolkit from the Python package index, for machines without one: the compiler, and what ggml links to.
+CUDA_VENV=$CACHE/cuda
+CUDA_COMPILER=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96)
+CUDA_LIBRARIES=(nvidia-cublas==13.1.0.3 nvidia-cuda-cccl==13.0.85)
+
+# usage: cuda_packages WHAT PACKAGE...
+cuda_packages() {
+    local what=$1 stamp=$CUDA_VENV/.moe-hot-$1 libraries lib
+    shift
+    [ "$(cat "$stamp" 2> /dev/null)" != "$*" ] || return 0
+    [ -x "$CUDA_VENV/bin/pip" ] || python3 -m venv "$CUDA_VENV" || die "python3 cannot make a virtual environment in $CUDA_VENV"
+    hint="or install the CUDA toolkit and put nvcc on the PATH" \
+        run "installing the CUDA toolkit ($what)" "$CACHE/log/cuda-$what.log" "$CUDA_VENV/bin/pip" install -q "$@"
+    # the packages are cut for use from Python: CMake looks for lib64 and for libraries without a version
+    libraries=$(echo "$CUDA_VENV"/lib/python3*/site-packages/nvidia/cu13)
+    ln -sfn lib "$libraries/lib64"
+    for lib in cudart cublas cublasLt; do
+        [ ! -e "$libraries/lib/lib$lib.so.13" ] || ln -sf "lib$lib.so.13" "$libraries/lib/lib$lib.so"
+    done
+    echo "$*" > "$stamp"
+}
+
+# Sets NVCC: this machine's compiler for CUDA, else one from the package index, with libraries when asked for.
+# usage: find_nvcc compiler|libraries
+find_nvcc() {
+    NVCC=${CUDACXX-}
+    [ -n "$NVCC" ] || NVCC=$(command -v nvcc) || { [ ! -x /usr/local/cuda/bin/nvcc ] || NVCC=/usr/local/cuda/bin/nvcc; }
+    [ -z "$NVCC" ] || return 0
+    cuda_packages compiler "${CUDA_COMPILER[@]}"
+    [ "$1" = compiler ] || cuda_packages libraries "${CUDA_LIBRARIES[@]}"
+    NVCC=$(echo "$CUDA_VENV"/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
+}

@@ -16,11 +16,11 @@ use std::{
 use crate::{
     cold::{Activation, Layer, Matrix},
     config,
-    context::Context,
-    device::host,
+    context::{Context, JOIN_BOUND, StepError},
+    device::{SlotMemory, cuda, host},
     ggml::ggml_tensor,
-    log,
-    model::{self, Model},
+    log::{self, Level, log},
+    model::{Model, Offer},
     registry,
 };
 
@@ -112,6 +112,10 @@ pub struct moe_hot_layer {
     pub gated: Option<unsafe extern "C" fn(n: c_int, y: *mut f32, x: *const f32, g: *const f32)>,
     /// ggml's vector function for MOE_HOT_UNARY.
     pub unary: Option<unsafe extern "C" fn(n: c_int, y: *mut f32, x: *const f32)>,
+    /// PCI address of the CUDA device that computes the layer, as ggml's device_id; null: the CPU does.
+    pub device: *const c_char,
+    /// Largest ubatch for which the device's MUL_MAT_ID skips negative ids with these weights; 0: any.
+    pub max_tokens: u32,
 }
 
 /// The slots of a layer's class: matrix i (gate, up, down; absent ones left out) of slot s is at
@@ -126,6 +130,8 @@ pub struct moe_hot_slots {
     pub data: [*mut c_void; 3],
     /// Size by matrix.
     pub bytes: [usize; 3],
+    /// Whether `data` are addresses of the layer's device.
+    pub on_device: bool,
 }
 
 /// Counters since the context was created or reset; see `telemetry::Stats`.
@@ -378,9 +384,11 @@ pub unsafe extern "C" fn moe_hot_offer(
     guard(|| {
         let ctx = deref!(ctx, as_ref);
         let desc = deref!(layer, as_ref);
+        let device = desc.device;
+        let device = if device.is_null() { None } else { Some(text!(device).to_string()) };
         match to_layer(desc) {
             Ok(layer) => {
-                ctx.model.offer(layer);
+                ctx.model.offer(Offer { layer, device, max_tokens: desc.max_tokens });
                 MOE_HOT_OK
             }
             Err(why) => fail(MOE_HOT_INVALID_ARGUMENT, &format!("moe-hot: layer {}: {why}", desc.il)),
@@ -424,10 +432,16 @@ pub unsafe extern "C" fn moe_hot_activate(
         if ctx.context.is_some() {
             return fail(MOE_HOT_STATE, "moe-hot: the context is active already");
         }
-        if !ctx.model.activate(n_threads.max(0) as usize, model::host_copier) {
+        if !ctx.model.activate(n_threads.max(0) as usize) {
             return MOE_HOT_OK;
         }
-        let context = Arc::new(Context::new(registry::next_id(), ctx.model.clone()));
+        let context = match Context::new(registry::next_id(), ctx.model.clone()) {
+            Ok(c) => Arc::new(c),
+            Err(e) => {
+                log!(Level::Warn, "moe-hot: this context takes the stock graph: {e}");
+                return MOE_HOT_OK;
+            }
+        };
         ctx.ops = (0..ctx.model.layers().len()).map(|layer| Op { context: context.clone(), layer }).collect();
         ctx.context = Some(context);
         *active = true;
@@ -484,10 +498,12 @@ pub unsafe extern "C" fn moe_hot_get_slots(
             n_matrices: class.memory.len() as u32,
             data: [ptr::null_mut(); 3],
             bytes: [0; 3],
+            on_device: false,
         };
         for (i, m) in class.memory.iter().enumerate() {
             out.data[i] = m.ptr().cast();
-            out.bytes[i] = m.bytes();
+            out.bytes[i] = m.capacity();
+            out.on_device = matches!(m, SlotMemory::Cuda(_));
         }
         MOE_HOT_OK
     })
@@ -505,21 +521,33 @@ pub unsafe extern "C" fn moe_hot_op_data(ctx: *const moe_hot_context, layer: i32
 }
 
 /// A ubatch of `n_tokens` tokens is about to be computed: swaps that are ready become visible, and the
-/// next are planned when their time has come.
+/// next are planned when their time has come. `hot`: whether it may use slots, and must be ended.
+/// MOE_HOT_FAILED: it must not be computed.
 ///
 /// # Safety
-/// `ctx` is null or from `moe_hot_context_create`.
+/// `ctx` is null or from `moe_hot_context_create`; `hot` is null or valid for a write.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn moe_hot_step_begin(ctx: *mut moe_hot_context, n_tokens: u32) -> moe_hot_status {
+pub unsafe extern "C" fn moe_hot_step_begin(
+    ctx: *mut moe_hot_context,
+    n_tokens: u32,
+    hot: *mut bool,
+) -> moe_hot_status {
     guard(|| {
-        if let Some(c) = &deref!(ctx, as_ref).context {
-            c.step_begin(n_tokens);
+        let ctx = deref!(ctx, as_ref);
+        let hot = deref!(hot, as_mut);
+        *hot = false;
+        let Some(c) = &ctx.context else { return MOE_HOT_OK };
+        match c.step_begin(n_tokens) {
+            Ok(h) => {
+                *hot = h;
+                MOE_HOT_OK
+            }
+            Err(e) => fail(MOE_HOT_FAILED, &format!("moe-hot: {e}")),
         }
-        MOE_HOT_OK
     })
 }
 
-/// The ubatch has been computed, all its nodes included. MOE_HOT_FAILED: its output must not be used.
+/// The ubatch has been computed, all its nodes included and its device idle. MOE_HOT_FAILED: its output must not be used.
 ///
 /// # Safety
 /// `ctx` is null or from `moe_hot_context_create`.
@@ -664,6 +692,87 @@ pub unsafe extern "C" fn moe_hot_join(dst: *mut ggml_tensor, ith: c_int, nth: c_
         Ok(Ok(())) => {}
         Ok(Err(e)) => op.context.fail(e),
         Err(_) => op.context.fail(crate::cold::EngineError::Failed),
+    }
+}
+
+/// Runs `enqueue` for a node in VRAM; what fails fails the step.
+///
+/// # Safety
+/// As for `moe_hot_cuda_dispatch`.
+unsafe fn on_device(
+    dst: *mut ggml_tensor,
+    userdata: *mut c_void,
+    enqueue: impl FnOnce(&cuda::Port, usize, &ggml_tensor) -> Result<(), cuda::CudaError>,
+) {
+    // SAFETY: the bridge passes what `moe_hot_op_data` gave, which lives as long as the context.
+    let op = unsafe { &*userdata.cast::<Op>() };
+    let enqueued = catch_unwind(AssertUnwindSafe(|| match op.context.port() {
+        // SAFETY: ggml gives a node.
+        Some(port) => enqueue(port, op.layer, unsafe { &*dst }).map_err(StepError::from),
+        None => Err(StepError::Misplaced),
+    }));
+    match enqueued {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => op.context.fail(e),
+        Err(_) => op.context.fail(crate::cold::EngineError::Failed),
+    }
+}
+
+/// Enqueues the DISPATCH node on `stream`, a `cudaStream_t` (`ggml_backend_cuda_custom_op_t`). Tensors as
+/// for `moe_hot_dispatch`, in device memory.
+///
+/// # Safety
+/// Called by ggml on a node that the bridge built with the userdata of `moe_hot_op_data`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_cuda_dispatch(
+    dst: *mut ggml_tensor,
+    stream: *mut c_void,
+    userdata: *mut c_void,
+) {
+    // SAFETY: passed on.
+    unsafe { on_device(dst, userdata, |port, layer, dst| cuda::dispatch(port, layer, dst, stream, JOIN_BOUND)) };
+}
+
+/// Enqueues the JOIN node, otherwise as `moe_hot_cuda_dispatch`.
+///
+/// # Safety
+/// As for `moe_hot_cuda_dispatch`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_cuda_join(dst: *mut ggml_tensor, stream: *mut c_void, userdata: *mut c_void) {
+    // SAFETY: passed on.
+    unsafe { on_device(dst, userdata, |port, layer, dst| cuda::join(port, layer, dst, stream, JOIN_BOUND)) };
+}
+
+/// What a DISPATCH node in VRAM is created with (`ggml_custom_op_t`). Runs only when the node was
+/// scheduled on the CPU by mistake: the step fails.
+///
+/// # Safety
+/// As for `moe_hot_dispatch`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_cuda_dispatch_key(
+    _dst: *mut ggml_tensor,
+    _ith: c_int,
+    _nth: c_int,
+    userdata: *mut c_void,
+) {
+    // SAFETY: as in `moe_hot_dispatch`.
+    unsafe { &*userdata.cast::<Op>() }.context.fail(StepError::Misplaced);
+}
+
+/// The same for JOIN; a function of its own, because nodes are told apart by it.
+///
+/// # Safety
+/// As for `moe_hot_dispatch`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_cuda_join_key(
+    dst: *mut ggml_tensor,
+    ith: c_int,
+    nth: c_int,
+    userdata: *mut c_void,
+) {
+    if ith + 1 == nth {
+        // SAFETY: passed on.
+        unsafe { moe_hot_cuda_dispatch_key(dst, ith, nth, userdata) };
     }
 }
 

@@ -15,7 +15,13 @@
 //! This is also why the ticket carries the total: a thread that finds nothing to claim must not have
 //! touched the request.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::{
+    any::Any,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+};
 
 use crossbeam_utils::CachePadded;
 
@@ -108,6 +114,88 @@ impl Mailbox {
     /// Whether a unit failed. Meaningful once all are done.
     pub fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed) != 0
+    }
+}
+
+/// Set in the answer to a row that could not be computed.
+pub const FAILED_BIT: u32 = 1 << 31;
+
+/// Head of a request in memory that a device writes; the rows follow, `row << 16 | expert` each.
+#[repr(C, align(64))]
+pub struct RemoteRequest {
+    /// Last written: all else is in place when it changes. Never has [`FAILED_BIT`].
+    pub epoch: AtomicU32,
+    /// Hot layer.
+    pub layer: u32,
+    /// Tokens of the ubatch.
+    pub n_tokens: u32,
+    /// Cold rows.
+    pub n_rows: u32,
+    pad: [u32; 12],
+}
+
+/// The answer to a row. On a cache line of its own: every poll of the device takes the line from the core
+/// that wants to write it, about 1 us each time.
+#[repr(C, align(64))]
+pub struct Answer(AtomicU32);
+
+/// The workers' end of a mailbox whose DISPATCH and JOIN run on a device: memory that both sides see.
+///
+/// The device writes request and activations and raises the epoch (release); the workers read them after
+/// they have seen it (acquire), write each row, and then its answer, the epoch (release), for which JOIN
+/// waits row by row. The device posts again only when JOIN has every answer or has given up.
+#[derive(Clone)]
+pub struct Remote {
+    /// The request.
+    pub request: *const RemoteRequest,
+    /// Activations, a row a token.
+    pub act: *mut u8,
+    /// Bytes from an activation row to the next.
+    pub act_stride: usize,
+    /// One a row of the result.
+    pub answers: *const Answer,
+    /// Rows of the result.
+    pub out: *mut u8,
+    /// Bytes from a row of the result to the next.
+    pub out_stride: usize,
+    /// Rows there is room for.
+    pub max_rows: usize,
+    /// What owns the memory: workers look at it until they learn that the context is gone.
+    pub memory: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: we hold the memory, and the protocol above orders all access.
+unsafe impl Send for Remote {}
+// SAFETY: as above.
+unsafe impl Sync for Remote {}
+
+impl Remote {
+    /// Epoch of the last request.
+    pub fn epoch(&self) -> u32 {
+        // SAFETY: the request is valid while we are.
+        unsafe { (*self.request).epoch.load(Ordering::Acquire) }
+    }
+
+    /// The last request: layer, tokens, and the rows as `(row, expert)`.
+    ///
+    /// # Safety
+    /// Its epoch has been seen, and not all of its rows are answered.
+    pub unsafe fn read(&self) -> (usize, usize, impl Iterator<Item = (u32, u32)>) {
+        // SAFETY: the device writes no request before this one is answered.
+        let (head, rows) = unsafe {
+            let head = &*self.request;
+            let n = (head.n_rows as usize).min(self.max_rows);
+            (head, std::slice::from_raw_parts(self.request.add(1).cast::<u32>(), n))
+        };
+        (head.layer as usize, head.n_tokens as usize, rows.iter().map(|r| (r >> 16, r & 0xffff)))
+    }
+
+    /// Answers `row` of request `epoch`: the row is in place, or it failed.
+    pub fn answer(&self, row: u32, epoch: u32, ok: bool) {
+        debug_assert!((row as usize) < self.max_rows);
+        let answer = if ok { epoch } else { epoch | FAILED_BIT };
+        // SAFETY: there is an answer for each of `max_rows` rows.
+        unsafe { (*self.answers.add(row as usize)).0.store(answer, Ordering::Release) };
     }
 }
 

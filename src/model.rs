@@ -9,7 +9,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicI32, Ordering},
+        atomic::{AtomicI32, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use crate::{
     cold::{Engine, Layer, Matrix, WorkerPool},
     config::Config,
-    device::host::{self, SlotMemory},
+    device::{Device, SlotMemory, cuda, host},
     log::{Level, log},
     policy::{self, Key, Limits, Policy, PoolShape, Swap},
     slots::{Action, SlotTable, Stamp},
@@ -32,6 +32,14 @@ use crate::{
 /// With fewer slots a layer than this many times its experts a token, the set turns over faster than
 /// it is used.
 const SLOTS_PER_USED: u32 = 3;
+
+/// VRAM that stays free beside the slots, in bytes: what llama.cpp and the driver allocate later. Too
+/// many slots slow everything down, too few a little.
+const VRAM_MARGIN: usize = 512 << 20;
+/// When an allocation fails although there seemed to be room, the next try asks for this share.
+const SHRINK: f64 = 0.9;
+/// Registering host memory for longer than this is announced.
+const ANNOUNCE_BYTES: usize = 8 << 30;
 
 /// Types and shapes that experts must share to share slots. Gate and up may be merged, hence a list.
 type ClassKey = Vec<(i32, usize, usize)>;
@@ -49,6 +57,24 @@ impl LayerMap {
     fn set(&self, expert: u16, slot: i32) {
         self.0[usize::from(expert)].store(slot, Ordering::Release);
     }
+
+    /// Copies the slots of all experts to the start of `out`.
+    pub fn copy_to(&self, out: &mut [i32]) {
+        for (out, slot) in out.iter_mut().zip(&self.0) {
+            *out = slot.load(Ordering::Acquire);
+        }
+    }
+}
+
+/// A layer that may take the hot path.
+#[derive(Clone)]
+pub struct Offer {
+    /// The layer.
+    pub layer: Layer,
+    /// PCI address of the CUDA device that computes it; `None`: the CPU does.
+    pub device: Option<String>,
+    /// Largest ubatch for which its kernels skip experts without a slot; 0: as the device says.
+    pub max_tokens: u32,
 }
 
 /// Slots for experts of equal types and shapes.
@@ -91,18 +117,24 @@ struct Active {
     // fields are dropped in this order: the copies end before the slots they write to are freed
     transfer: Transfer,
     workers: WorkerPool,
+    // unregistered after the last copy
+    _registration: Option<cuda::Registration>,
+    device: Device,
+    max_tokens: u32,
     layers: Arc<[Layer]>,
     /// Class of a layer and its index there.
     place: Vec<(usize, u16)>,
     classes: Vec<Class>,
     maps: Vec<LayerMap>,
+    /// Counts changes of `maps`.
+    map_version: AtomicU64,
     control: Mutex<Control>,
     status: String,
 }
 
 #[derive(Default)]
 struct Offers {
-    layers: Vec<Layer>,
+    layers: Vec<Offer>,
     skipped: BTreeMap<String, Vec<i32>>,
 }
 
@@ -124,26 +156,30 @@ impl Model {
         &self.config
     }
 
-    /// Largest ubatch of the hot path, in tokens.
+    /// Largest ubatch of the hot path, in tokens; before activation the largest that may be.
     pub fn max_tokens(&self) -> u32 {
-        self.config.pp_bypass.map_or(host::MAX_TOKENS, |n| n.min(host::MAX_TOKENS))
+        self.active().map_or(cuda::MAX_TOKENS, |a| a.max_tokens)
     }
 
     /// Offers a layer. Offers of the same weights, and offers after activation, change nothing.
-    pub fn offer(&self, layer: Layer) {
+    pub fn offer(&self, offer: Offer) {
         let mut offers = self.offers.lock();
-        if !offers.layers.iter().any(|l| l.down.data == layer.down.data) {
-            offers.layers.push(layer);
+        if !offers.layers.iter().any(|l| l.layer.down.data == offer.layer.down.data) {
+            offers.layers.push(offer);
         }
     }
 
     /// Notes that a MoE layer takes the stock graph, and why.
     pub fn skip(&self, il: i32, reason: &str) {
         let mut offers = self.offers.lock();
+        let active = self.active.get().is_some();
+        if active && offers.skipped.values().any(|l| l.contains(&il)) {
+            return;
+        }
         let layers = offers.skipped.entry(reason.into()).or_default();
         if !layers.contains(&il) {
             layers.push(il);
-            if self.active.get().is_some() {
+            if active {
                 log!(Level::Warn, "moe-hot: layer {il} takes the stock graph: {reason}");
             }
         }
@@ -156,13 +192,14 @@ impl Model {
 
     /// Makes the pool from what was offered and says what was requested and what is active. Further
     /// calls return what the first did.
-    pub fn activate(&self, n_threads: usize, copier: impl FnOnce() -> Box<dyn Copier>) -> bool {
-        self.active.get_or_init(|| self.build(n_threads, copier())).is_some()
+    pub fn activate(&self, n_threads: usize) -> bool {
+        self.active.get_or_init(|| self.build(n_threads)).is_some()
     }
 
-    fn build(&self, n_threads: usize, copier: Box<dyn Copier>) -> Option<Active> {
+    fn build(&self, n_threads: usize) -> Option<Active> {
         let k = self.config.k;
-        let offers = self.offers.lock();
+        let mut offers = self.offers.lock();
+        let pci = keep_one_device(&mut offers);
         let not_active = |why: &str| {
             log!(Level::Warn, "moe-hot: requested K = {k}, not active: {why}");
             for (reason, layers) in &offers.skipped {
@@ -177,7 +214,13 @@ impl Model {
                 "no MoE layer can take the hot path"
             });
         }
-        let layers: Arc<[Layer]> = offers.layers.iter().cloned().collect();
+        let device = match pci.as_deref().map(cuda::Device::open) {
+            None => Device::Host,
+            Some(Ok(d)) => Device::Cuda(d),
+            Some(Err(e)) => return not_active(&e.to_string()),
+        };
+        let max_tokens = self.largest_ubatch(&offers, &device);
+        let layers: Arc<[Layer]> = offers.layers.iter().map(|o| o.layer.clone()).collect();
         let mut by_key: BTreeMap<ClassKey, Vec<usize>> = BTreeMap::new();
         for (i, l) in layers.iter().enumerate() {
             by_key.entry(class_key(l)).or_default().push(i);
@@ -191,7 +234,7 @@ impl Model {
                 notes.push(text);
             }
         };
-        let (mut classes, mut maps, mut controls) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut classes, mut maps, mut controls, mut shapes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut place = vec![(0, 0); layers.len()];
         for l in layers.iter() {
             maps.push(LayerMap((0..l.n_expert).map(|_| AtomicI32::new(-1)).collect()));
@@ -215,35 +258,39 @@ impl Model {
                      experts will leave before they are used again, this is unlikely to pay"
                 ));
             }
-            let n_slots = per_layer * members.len() as u32;
-            let memory: Option<Vec<_>> =
-                first.matrices().map(|m| SlotMemory::new(m.expert_bytes * n_slots as usize)).collect();
-            let expert_bytes = first.expert_bytes();
-            let Some(memory) = memory else {
-                let mib = (expert_bytes * n_slots as usize) >> 20;
-                return not_active(&format!("there is no memory for {n_slots} slots, {mib} MiB"));
-            };
             let shape = PoolShape {
                 n_layers: members.len() as u16,
                 n_expert: n_expert as u16,
                 n_used: n_used as u16,
-                n_slots,
-                expert_bytes: expert_bytes as u64,
+                n_slots: per_layer * members.len() as u32,
+                expert_bytes: first.expert_bytes() as u64,
             };
+            shapes.push((shape, members));
+        }
+        let memory = match allocate(&device, &layers, &mut shapes) {
+            Ok(m) => m,
+            Err(why) => return not_active(&why),
+        };
+        for ((shape, members), memory) in shapes.into_iter().zip(memory) {
             controls.push(ClassControl {
-                table: SlotTable::new(n_slots),
+                table: SlotTable::new(shape.n_slots),
                 policy: policy::build(self.config.policy, shape),
                 uses_since_plan: 0,
             });
-            classes.push(Class { layers: members, n_slots, memory, expert_bytes });
+            let expert_bytes = shape.expert_bytes as usize;
+            classes.push(Class { layers: members, n_slots: shape.n_slots, memory, expert_bytes });
         }
+        let (registration, copier) = match copier(&device, &layers) {
+            Ok(c) => c,
+            Err(e) => return not_active(&e.to_string()),
+        };
 
-        let started = Transfer::new(copier).and_then(|t| Ok((t, WorkerPool::new(self.workers(n_threads))?)));
+        let started = Transfer::new(copier).and_then(|t| Ok((t, WorkerPool::new(self.workers(&device, n_threads))?)));
         let (transfer, workers) = match started {
             Ok(x) => x,
             Err(e) => return not_active(&format!("the system gives no thread: {e}")),
         };
-        let trace = match self.open_trace(&layers, &place) {
+        let trace = match self.open_trace(&device, &layers, &place) {
             Ok(t) => t,
             Err(e) => return not_active(&format!("--moe-hot-trace: {e}")),
         };
@@ -251,9 +298,13 @@ impl Model {
         let bytes: usize =
             classes.iter().map(|c| c.memory.iter().map(SlotMemory::bytes).sum::<usize>()).sum();
         let status = format!(
-            "moe-hot: requested K = {k}, active: {n_slots} slots for {} experts in host memory ({:.2} MiB, {} class{}), \
+            "moe-hot: requested K = {k}, active: {n_slots} slots for {} experts in {} ({:.2} MiB, {} class{}), \
              {} of {} MoE layers, policy {}, rebalance interval {} tokens, ubatches up to {} tokens, {} worker{}",
             layers.iter().map(|l| l.n_expert).sum::<usize>(),
+            match &device {
+                Device::Host => "host memory".into(),
+                Device::Cuda(_) => format!("VRAM of {}", pci.as_deref().unwrap_or_default()),
+            },
             bytes as f64 / f64::from(1 << 20),
             classes.len(),
             if classes.len() == 1 { "" } else { "es" },
@@ -261,16 +312,16 @@ impl Model {
             layers.len() + offers.skipped.values().map(Vec::len).sum::<usize>(),
             self.config.policy,
             self.config.rebalance_interval,
-            self.max_tokens(),
+            max_tokens,
             workers.len(),
             if workers.len() == 1 { "" } else { "s" },
         );
         log!(Level::Info, "{status}");
-        if let Some(n) = self.config.pp_bypass.filter(|n| *n > host::MAX_TOKENS) {
-            let max = host::MAX_TOKENS;
+        if let Some(n) = self.config.pp_bypass.filter(|n| *n > max_tokens) {
             log!(
                 Level::Warn,
-                "moe-hot: the hot path takes ubatches of up to {max} tokens, --moe-hot-pp-bypass {n} means {max}"
+                "moe-hot: the hot path takes ubatches of up to {max_tokens} tokens, \
+                 --moe-hot-pp-bypass {n} means {max_tokens}"
             );
         }
         for (reason, layers) in &offers.skipped {
@@ -291,18 +342,47 @@ impl Model {
             plan: Vec::new(),
             reports: Vec::new(),
         };
-        Some(Active { transfer, workers, layers, place, classes, maps, control: Mutex::new(control), status })
+        Some(Active {
+            transfer,
+            workers,
+            _registration: registration,
+            device,
+            max_tokens,
+            layers,
+            place,
+            classes,
+            maps,
+            map_version: AtomicU64::new(1),
+            control: Mutex::new(control),
+            status,
+        })
+    }
+
+    fn largest_ubatch(&self, offers: &Offers, device: &Device) -> u32 {
+        let most = match device {
+            Device::Host => host::MAX_TOKENS,
+            Device::Cuda(_) => cuda::MAX_TOKENS,
+        };
+        let limits = offers.layers.iter().map(|o| o.max_tokens).filter(|n| *n > 0);
+        let most = limits.min().map_or(most, |n| n.min(most));
+        self.config.pp_bypass.map_or(most, |n| n.min(most))
     }
 
     /// Workers beside ggml's own threads: as asked for, else one for every core that ggml leaves. The
-    /// threads that run JOIN help, so on a machine that ggml fills there are none.
-    fn workers(&self, n_threads: usize) -> usize {
+    /// threads that run JOIN help, so on a machine that ggml fills there are none. Beside a GPU all
+    /// cores but the one that launches, because ggml's threads sleep there.
+    fn workers(&self, device: &Device, n_threads: usize) -> usize {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        self.config.threads.map_or(cores.saturating_sub(n_threads), |n| n as usize)
+        match device {
+            Device::Host => self.config.threads.map_or(cores.saturating_sub(n_threads), |n| n as usize),
+            // JOIN cannot help there
+            Device::Cuda(_) => self.config.threads.map_or(cores.saturating_sub(1), |n| n as usize).max(1),
+        }
     }
 
     fn open_trace(
         &self,
+        device: &Device,
         layers: &[Layer],
         place: &[(usize, u16)],
     ) -> Result<Option<TraceWriter>, TraceError> {
@@ -316,6 +396,7 @@ impl Model {
         let header = TraceHeader {
             fingerprint: fingerprint(layers),
             k: self.config.k,
+            uses_per_upload: device.uses_per_upload(),
             layers: layers.iter().zip(place).map(layer).collect(),
         };
         TraceWriter::create(path, &header).map(Some)
@@ -366,6 +447,16 @@ impl Model {
         &a.classes[a.place[layer].0]
     }
 
+    /// Where the slots are.
+    pub fn device(&self) -> &Device {
+        &self.pool().device
+    }
+
+    /// Changes whenever a map does.
+    pub fn map_version(&self) -> u64 {
+        self.pool().map_version.load(Ordering::Acquire)
+    }
+
     /// Where the experts of a wired layer are.
     pub fn map(&self, layer: usize) -> &LayerMap {
         &self.pool().maps[layer]
@@ -394,21 +485,19 @@ impl Model {
             c.rebalance(a);
         }
         c.start_copies(a);
-        c.clock += 1;
-        let now = c.clock;
-        c.running.insert(id, now);
-        drop(c);
         if hot {
+            c.clock += 1;
+            let now = c.clock;
+            c.running.insert(id, now);
+            drop(c);
             a.workers.step_begin();
         }
     }
 
-    /// The step of context `id` has ended; `hot` as it began.
-    pub(crate) fn step_end(&self, id: u64, usage: &StepUsage, hot: bool) {
+    /// The step of context `id` on the hot path has ended.
+    pub(crate) fn step_end(&self, id: u64, usage: &StepUsage) {
         let a = self.pool();
-        if hot {
-            a.workers.step_end();
-        }
+        a.workers.step_end();
         let mut c = a.control.lock();
         c.running.remove(&id);
         if !usage.is_empty() {
@@ -461,11 +550,12 @@ impl Control {
             self.assigned.clear();
             self.assigned.extend(control.table.assigned());
             self.plan.clear();
-            let limits = Limits::after(std::mem::take(&mut control.uses_since_plan));
+            let limits = Limits::after(std::mem::take(&mut control.uses_since_plan), a.device.uses_per_upload());
             control.policy.plan(&self.assigned, limits, &mut self.plan);
             for swap in &self.plan {
                 if let Action::Retire { key } = control.table.assign(swap.slot, swap.admit, self.clock) {
                     a.maps[class.layers[usize::from(key.layer)]].set(key.expert, -1);
+                    a.map_version.fetch_add(1, Ordering::Release);
                     self.stats.evictions += 1;
                 }
                 if let Some(trace) = &mut self.trace {
@@ -509,6 +599,7 @@ impl Control {
             if let Action::Publish { key } = self.classes[class].table.copied(slot, report.result.is_ok()) {
                 let c = &a.classes[class];
                 a.maps[c.layers[usize::from(key.layer)]].set(key.expert, slot as i32);
+                a.map_version.fetch_add(1, Ordering::Release);
                 self.stats.uploads += 1;
                 self.stats.upload_bytes += c.expert_bytes as u64;
             }
@@ -582,7 +673,119 @@ impl Copier for Box<dyn Copier> {
     }
 }
 
-/// The copier of the host device.
-pub fn host_copier() -> Box<dyn Copier> {
-    Box::new(HostCopier)
+/// Leaves the layers of one device and notes why the others take the stock graph; its PCI address,
+/// `None` for the host. A GPU comes first, and among GPUs the one with the most layers.
+fn keep_one_device(offers: &mut Offers) -> Option<String> {
+    let mut count: BTreeMap<&str, usize> = BTreeMap::new();
+    for o in &offers.layers {
+        if let Some(d) = &o.device {
+            *count.entry(d).or_default() += 1;
+        }
+    }
+    let pci = count.into_iter().max_by_key(|&(_, n)| n)?.0.to_string();
+    let (keep, leave): (Vec<_>, Vec<_>) =
+        std::mem::take(&mut offers.layers).into_iter().partition(|o| o.device.as_ref() == Some(&pci));
+    offers.layers = keep;
+    for o in leave {
+        let reason = match o.device {
+            None => "the CPU computes all of it".to_string(),
+            Some(other) => format!("it is on {other}, and the slots are on {pci}"),
+        };
+        offers.skipped.entry(reason).or_default().push(o.layer.il);
+    }
+    Some(pci)
+}
+
+/// The memory of all classes, by matrix. On a device with too little, every class gets fewer slots, and
+/// that is said.
+fn allocate(
+    device: &Device,
+    layers: &[Layer],
+    shapes: &mut [(PoolShape, Vec<usize>)],
+) -> Result<Vec<Vec<SlotMemory>>, String> {
+    let wanted: Vec<u32> = shapes.iter().map(|(s, _)| s.n_slots).collect();
+    let bytes = |shapes: &[(PoolShape, Vec<usize>)]| -> u64 {
+        shapes.iter().map(|(s, _)| u64::from(s.n_slots) * s.expert_bytes).sum()
+    };
+    let needed = bytes(shapes);
+    let mib = |b: u64| b >> 20;
+    let mut share = 1.0;
+    if let Device::Cuda(d) = device {
+        let (free, _) = d.memory().map_err(|e| e.to_string())?;
+        let room = free.saturating_sub(VRAM_MARGIN) as u64;
+        if needed > room {
+            share = room as f64 / needed as f64;
+        }
+    }
+    loop {
+        for ((shape, _), wanted) in shapes.iter_mut().zip(&wanted) {
+            shape.n_slots = (f64::from(*wanted) * share) as u32;
+        }
+        if shapes.iter().any(|(s, _)| s.n_slots == 0) {
+            return Err(format!("there is no memory for slots: K needs {} MiB", mib(needed)));
+        }
+        let memory: Result<Vec<Vec<_>>, String> = shapes
+            .iter()
+            .map(|(shape, members)| {
+                let matrices = layers[members[0]].matrices();
+                matrices.map(|m| SlotMemory::new(device, m.expert_bytes * shape.n_slots as usize)).collect()
+            })
+            .collect();
+        match (memory, device) {
+            (Ok(memory), _) => {
+                if share < 1.0 {
+                    let (n, of): (u32, u32) = (shapes.iter().map(|(s, _)| s.n_slots).sum(), wanted.iter().sum());
+                    log!(
+                        Level::Warn,
+                        "moe-hot: {of} slots need {} MiB, there is room for {n} ({} MiB; {} MiB stay free)",
+                        mib(needed),
+                        mib(bytes(shapes)),
+                        VRAM_MARGIN >> 20
+                    );
+                }
+                return Ok(memory);
+            }
+            (Err(why), Device::Host) => return Err(format!("{why} for slots, {} MiB", mib(needed))),
+            (Err(why), Device::Cuda(_)) => {
+                log!(Level::Warn, "moe-hot: {} MiB of slots: {why}", mib(bytes(shapes)));
+                share *= SHRINK;
+            }
+        }
+    }
+}
+
+/// Who copies experts into slots. For a device the experts are registered, so that it can read them in
+/// place; where the driver refuses, copies are staged.
+fn copier(
+    device: &Device,
+    layers: &[Layer],
+) -> Result<(Option<cuda::Registration>, Box<dyn Copier>), cuda::CudaError> {
+    let Device::Cuda(device) = device else { return Ok((None, Box::new(HostCopier))) };
+    let mut ranges: Vec<(usize, usize)> = layers
+        .iter()
+        .flat_map(|l| l.matrices().map(|m| (m.data as usize, m.expert_bytes * l.n_expert)))
+        .collect();
+    ranges.sort_unstable();
+    let total: usize = ranges.iter().map(|r| r.1).sum();
+    if total > ANNOUNCE_BYTES {
+        log!(Level::Info, "moe-hot: registering {} MiB of experts with the driver", total >> 20);
+    }
+    let start = Instant::now();
+    let mut registration = cuda::Registration::new(device.clone());
+    let refused = registration.add_all(&ranges);
+    let bytes = registration.bytes();
+    if bytes > 0 {
+        let seconds = start.elapsed().as_secs_f64();
+        log!(Level::Info, "moe-hot: registered {} MiB of experts in {seconds:.2} s", bytes >> 20);
+    }
+    if let Err(why) = &refused {
+        log!(
+            Level::Warn,
+            "moe-hot: {} of {} MiB of experts are registered, copies go through a staging buffer: {why}",
+            bytes >> 20,
+            total >> 20
+        );
+    }
+    let copier = cuda::CudaCopier::new(device, refused.is_err())?;
+    Ok((Some(registration), Box::new(copier)))
 }

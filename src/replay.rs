@@ -172,7 +172,7 @@ pub fn replay(
             }
             if planning {
                 swaps.clear();
-                let limits = Limits::after(std::mem::take(&mut p.uses_since_plan));
+                let limits = Limits::after(std::mem::take(&mut p.uses_since_plan), routing.header.uses_per_upload);
                 p.policy.plan(&p.slots, limits, &mut swaps);
                 for s in &swaps {
                     plan(at, class as u16, s);
@@ -271,7 +271,7 @@ mod tests {
     fn routing(n_layers: u16, n_expert: u16, steps: Vec<Vec<Vec<u16>>>) -> Routing {
         let layer = |il| TraceLayer { il, n_expert, n_used: 2, class: 0 };
         Routing {
-            header: TraceHeader { fingerprint: 0, k: 1, layers: (0..n_layers).map(layer).collect() },
+            header: TraceHeader { fingerprint: 0, k: 1, uses_per_upload: 64, layers: (0..n_layers).map(layer).collect() },
             steps: steps.into_iter().map(|ids| Step { n_tokens: 1, ids }).collect(),
             swaps: vec![],
         }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! file    = magic "MOEHOTRT", u32 version, u32 bytes of head, head, u32 crc32(head), block*
-//! head    = u64 model fingerprint, u32 K, u32 layers, layers x (u16 il, u16 n_expert, u16 n_used, u16 class)
+//! head    = u64 model fingerprint, u32 K, u32 uses an upload, u32 layers, layers x (u16 il, u16 n_expert, u16 n_used, u16 class)
 //! block   = u32 bytes of body, u32 crc32(body), body
 //! body    = record*
 //! record  = u8 1, u16 n_tokens, layers x (u16 n, n x id)     routing of one decoded ubatch
@@ -111,6 +111,8 @@ pub struct TraceHeader {
     pub fingerprint: u64,
     /// Slots a layer of the run.
     pub k: u32,
+    /// Uses of experts for each one that a plan of the run might upload.
+    pub uses_per_upload: u32,
     /// The layers on the hot path.
     pub layers: Vec<TraceLayer>,
 }
@@ -162,6 +164,7 @@ impl TraceWriter {
         let mut head = Vec::new();
         head.extend(header.fingerprint.to_le_bytes());
         head.extend(header.k.to_le_bytes());
+        head.extend(header.uses_per_upload.to_le_bytes());
         head.extend((header.layers.len() as u32).to_le_bytes());
         for l in &header.layers {
             for v in [l.il, l.n_expert, l.n_used, l.class] {
@@ -258,7 +261,7 @@ impl<R: Read> TraceReader<R> {
     /// # Errors
     /// Any [`TraceError`].
     pub fn new(input: R, path: &str) -> Result<Self, TraceError> {
-        let header = TraceHeader { fingerprint: 0, k: 0, layers: Vec::new() };
+        let header = TraceHeader { fingerprint: 0, k: 0, uses_per_upload: 0, layers: Vec::new() };
         let mut r = TraceReader {
             path: path.into(),
             input,
@@ -284,14 +287,15 @@ impl<R: Read> TraceReader<R> {
         if crc != crc32fast::hash(&head) {
             return Err(damaged("its checksum does not fit"));
         }
-        let layers = head.get(12..16).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
-        if layers.and_then(|l| l.checked_mul(8)?.checked_add(16)) != Some(head.len()) {
+        let layers = head.get(16..20).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
+        if layers.and_then(|l| l.checked_mul(8)?.checked_add(20)) != Some(head.len()) {
             return Err(damaged("its size does not fit its layers"));
         }
         let u16_at = |i: usize| u16::from_le_bytes([head[i], head[i + 1]]);
         r.header.fingerprint = u64::from_le_bytes(head[..8].try_into().expect("eight bytes"));
         r.header.k = u32::from_le_bytes(head[8..12].try_into().expect("four bytes"));
-        r.header.layers = (16..head.len())
+        r.header.uses_per_upload = u32::from_le_bytes(head[12..16].try_into().expect("four bytes"));
+        r.header.layers = (20..head.len())
             .step_by(8)
             .map(|i| TraceLayer {
                 il: u16_at(i),
@@ -444,7 +448,7 @@ mod tests {
 
     fn header() -> TraceHeader {
         let layer = |il, n_expert| TraceLayer { il, n_expert, n_used: 2, class: 0 };
-        TraceHeader { fingerprint: 7, k: 4, layers: vec![layer(0, 64), layer(3, 512)] }
+        TraceHeader { fingerprint: 7, k: 4, uses_per_upload: 64, layers: vec![layer(0, 64), layer(3, 512)] }
     }
 
     fn routed(i: u16) -> TraceRecord {
@@ -498,7 +502,7 @@ mod tests {
     #[test]
     fn each_kind_of_bad_file_has_its_message() {
         let bytes = written(&[routed(1), swap()]);
-        let head = 8 + 4 + 4 + (16 + 2 * 8) + 4;
+        let head = 8 + 4 + 4 + (20 + 2 * 8) + 4;
         let cut = |n: usize| read(&bytes[..n]).1.unwrap();
         let changed = |at: usize| {
             let mut b = bytes.clone();

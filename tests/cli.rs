@@ -14,7 +14,7 @@ fn moe_hot(args: &[&str]) -> Output {
 
 fn trace(path: &Path) {
     let layer = |il| TraceLayer { il, n_expert: 16, n_used: 2, class: 0 };
-    let header = TraceHeader { fingerprint: 1, k: 4, layers: vec![layer(0), layer(1)] };
+    let header = TraceHeader { fingerprint: 1, k: 4, uses_per_upload: 64, layers: vec![layer(0), layer(1)] };
     let mut w = TraceWriter::create(path, &header).unwrap();
     for t in 0..200u16 {
         w.routed(1, &[vec![t / 50, 5], vec![t % 16, (t + 3) % 16]]).unwrap();
@@ -73,7 +73,7 @@ fn bad_traces_and_values_are_named() {
     let end = bytes.len() - 5;
     assert_eq!(
         error_of(&moe_hot(&["replay", name])),
-        format!("moe-hot: error: {name}: truncated at offset {end}, in the block that begins at offset 52\n")
+        format!("moe-hot: error: {name}: truncated at offset {end}, in the block that begins at offset 56\n")
     );
     fs::write(&path, "GGUF").unwrap();
     assert_eq!(

@@ -23,7 +23,7 @@ use std::{
 };
 
 use super::kernel::{Layer, Matrix};
-use crate::mailbox::{MAX_UNITS, Mailbox};
+use crate::mailbox::{MAX_UNITS, Mailbox, Remote};
 
 /// Rows are cut at multiples of this many elements: vector body and scalar tail of ggml's activations
 /// round differently, so a chunk must start where the body does.
@@ -31,6 +31,8 @@ const ROW_ALIGN: usize = 64;
 /// Weight bytes a unit should read: long enough to amortise a claim, short enough that no thread
 /// waits long for a straggler.
 const UNIT_BYTES: usize = 8 << 10;
+/// How long a unit of a device's request may go on after the device has gone on without it.
+const REPORT_BOUND: Duration = Duration::from_secs(1);
 /// Spins between two looks at the clock (or a yield) while waiting.
 const SPINS: u32 = 256;
 
@@ -69,9 +71,10 @@ struct Group {
 #[derive(Default)]
 struct Request {
     layer: usize,
+    /// Of the device that posted it.
+    remote_epoch: u32,
     rows: Vec<ColdRow>,
     groups: Vec<Group>,
-    n_tokens: usize,
     convert_units: usize,
     up_rows: usize,
     up_chunks: usize,
@@ -102,19 +105,37 @@ impl<T: Copy + Default> Shared<T> {
 struct Line([u64; 8]);
 
 struct Rows {
-    buf: Shared<Line>,
-    /// Lines from a row to the next.
+    buf: Buffer,
+    /// Bytes from a row to the next.
     stride: usize,
 }
 
+enum Buffer {
+    Ours(Shared<Line>),
+    /// Shared with a device; see `Remote`.
+    Theirs(*mut u8),
+}
+
+// SAFETY: as for `Shared`; a device takes part as its protocol allows.
+unsafe impl Sync for Buffer {}
+// SAFETY: as above.
+unsafe impl Send for Buffer {}
+
 impl Rows {
     fn new(n: usize, row_bytes: usize) -> Self {
-        let stride = row_bytes.div_ceil(size_of::<Line>()).max(1);
-        Rows { buf: Shared::new(n * stride), stride }
+        let lines = row_bytes.div_ceil(size_of::<Line>()).max(1);
+        Rows { buf: Buffer::Ours(Shared::new(n * lines)), stride: lines * size_of::<Line>() }
+    }
+
+    fn theirs(first: *mut u8, stride: usize) -> Self {
+        Rows { buf: Buffer::Theirs(first), stride }
     }
 
     fn at(&self, row: usize) -> *mut u8 {
-        self.buf.at(row * self.stride).cast()
+        match &self.buf {
+            Buffer::Ours(lines) => lines.at(row * (self.stride / size_of::<Line>())).cast(),
+            Buffer::Theirs(first) => first.wrapping_add(row * self.stride),
+        }
     }
 
     fn f32(&self, row: usize) -> *mut f32 {
@@ -126,6 +147,10 @@ impl Rows {
 pub struct Engine {
     layers: Arc<[Layer]>,
     mailbox: Mailbox,
+    /// Where requests come from when DISPATCH runs on a device.
+    remote: Option<Remote>,
+    /// Epoch of the last request that was taken from there.
+    remote_seen: AtomicU32,
     request: UnsafeCell<Request>,
     epoch: AtomicU32,
     total: AtomicU32,
@@ -136,6 +161,8 @@ pub struct Engine {
     up_done: Box<[AtomicU32]>,
     /// Per group: 1 once the hidden rows are converted.
     hidden_ready: Box<[AtomicU32]>,
+    /// Per group: chunks of output rows done.
+    down_done: Box<[AtomicU32]>,
     /// Activations as the router's layer gives them, `[n_embd]` f32 a token.
     act: Rows,
     /// The same, converted for the first projections.
@@ -158,13 +185,23 @@ unsafe impl Sync for Engine {}
 unsafe impl Send for Engine {}
 
 impl Engine {
-    /// An engine for ubatches of up to `max_tokens` tokens over `layers`.
-    pub fn new(layers: Arc<[Layer]>, max_tokens: usize) -> Self {
+    /// An engine for ubatches of up to `max_tokens` tokens over `layers`. With `remote`, requests come from
+    /// there and nobody calls [`Engine::post`].
+    pub fn new(layers: Arc<[Layer]>, max_tokens: usize, remote: Option<Remote>) -> Self {
         let max = |f: &dyn Fn(&Layer) -> usize| layers.iter().map(f).max().unwrap_or(0);
         let rows = max_tokens * max(&|l| l.n_used);
         let f32s = size_of::<f32>();
+        let (act, out) = match &remote {
+            Some(r) => (Rows::theirs(r.act, r.act_stride), Rows::theirs(r.out, r.out_stride)),
+            None => (
+                Rows::new(max_tokens, max(&|l| l.n_embd()) * f32s),
+                Rows::new(rows, max(&|l| l.down.n_out) * f32s),
+            ),
+        };
         Engine {
             mailbox: Mailbox::default(),
+            remote,
+            remote_seen: AtomicU32::new(0),
             request: UnsafeCell::default(),
             epoch: AtomicU32::new(0),
             total: AtomicU32::new(0),
@@ -172,12 +209,13 @@ impl Engine {
             tokens_ready: AtomicU32::new(0),
             up_done: (0..rows).map(|_| AtomicU32::new(0)).collect(),
             hidden_ready: (0..rows).map(|_| AtomicU32::new(0)).collect(),
-            act: Rows::new(max_tokens, max(&|l| l.n_embd()) * f32s),
+            down_done: (0..rows).map(|_| AtomicU32::new(0)).collect(),
+            act,
             act_conv: Rows::new(max_tokens, max(&|l| l.up.act_row_bytes)),
             hidden: Rows::new(rows, max(&|l| l.n_ff()) * f32s),
             up: Rows::new(rows, max(&|l| l.n_ff()) * f32s),
             hidden_conv: Rows::new(rows, max(&|l| l.down.act_row_bytes)),
-            out: Rows::new(rows, max(&|l| l.down.n_out) * f32s),
+            out,
             busy_ns: AtomicU64::new(0),
             layers,
         }
@@ -208,18 +246,63 @@ impl Engine {
         rows: &[ColdRow],
         act: impl Fn(usize) -> *const f32,
     ) {
+        if !self.begin(layer, n_tokens, rows.iter().copied()) {
+            return;
+        }
+        let n_embd = self.layers[layer].n_embd();
+        for t in 0..n_tokens {
+            // SAFETY: the caller vouches for the source; the row holds `n_embd` elements.
+            unsafe { std::ptr::copy_nonoverlapping(act(t), self.act.f32(t), n_embd) };
+        }
+        self.open();
+    }
+
+    /// Opens the request that a device has posted, if there is a new one and no other thread was faster.
+    fn take_remote(&self) {
+        let Some(remote) = &self.remote else { return };
+        // In this order: what is seen is never newer than the epoch, so a thread that was held up between
+        // the two cannot bring an old request back.
+        let seen = self.remote_seen.load(Ordering::Acquire);
+        let epoch = remote.epoch();
+        if epoch == seen
+            || self.remote_seen.compare_exchange(seen, epoch, Ordering::AcqRel, Ordering::Relaxed).is_err()
+        {
+            return;
+        }
+        // SAFETY: its epoch has just been seen, and only this thread goes on to answer it.
+        let (layer, n_tokens, rows) = unsafe { remote.read() };
+        let n_used = self.layers[layer].n_used as u32;
+        let rows = rows.map(|(row, expert)| ColdRow { expert, token: row / n_used, row });
+        // The device may post as soon as it has the last answer, before the thread that gave it has
+        // reported its unit. Only after a request that was given up does this take longer.
+        let start = Instant::now();
+        while self.mailbox.done() != self.total.load(Ordering::Relaxed) && start.elapsed() < REPORT_BOUND {
+            std::thread::yield_now();
+        }
+        if self.begin(layer, n_tokens, rows) {
+            // SAFETY: `begin` found that nobody looks at the request, and nothing is open yet.
+            unsafe { (*self.request.get()).remote_epoch = epoch };
+            self.open();
+        } else {
+            // SAFETY: as above, no row is answered yet.
+            let (_, _, rows) = unsafe { remote.read() };
+            rows.for_each(|(row, _)| remote.answer(row, epoch, false));
+        }
+    }
+
+    /// Writes a request, to be opened by `open`; false when a thread still works on the one before.
+    fn begin(&self, layer: usize, n_tokens: usize, rows: impl Iterator<Item = ColdRow>) -> bool {
         let idle = self.mailbox.done() == self.total.load(Ordering::Relaxed);
         self.open.store(idle, Ordering::Relaxed);
         if !idle {
-            return;
+            return false;
         }
         let l = &self.layers[layer];
         // SAFETY: all units are done, so nobody else looks at the request.
         let req = unsafe { &mut *self.request.get() };
         req.layer = layer;
-        req.n_tokens = n_tokens;
         req.rows.clear();
-        req.rows.extend_from_slice(rows);
+        req.rows.extend(rows);
         req.rows.sort_unstable();
         req.groups.clear();
         for (i, r) in req.rows.iter().enumerate() {
@@ -227,10 +310,6 @@ impl Engine {
                 Some(g) if g.expert == r.expert as usize => g.end = i + 1,
                 _ => req.groups.push(Group { expert: r.expert as usize, first: i, end: i + 1 }),
             }
-        }
-        for t in 0..n_tokens {
-            // SAFETY: the caller vouches for the source; the row holds `n_embd` elements.
-            unsafe { std::ptr::copy_nonoverlapping(act(t), self.act.f32(t), l.n_embd()) };
         }
 
         req.convert_units = if l.up.from_float.is_some() { n_tokens } else { 0 };
@@ -245,13 +324,21 @@ impl Engine {
             req.up_chunks = l.n_ff().div_ceil(req.up_rows);
             req.down_chunks = l.down.n_out.div_ceil(req.down_rows);
         }
-        let total = req.convert_units + groups * (req.up_chunks + req.down_chunks);
 
         self.tokens_ready.store(0, Ordering::Relaxed);
         for g in 0..groups {
             self.up_done[g].store(0, Ordering::Relaxed);
             self.hidden_ready[g].store(0, Ordering::Relaxed);
+            self.down_done[g].store(0, Ordering::Relaxed);
         }
+        true
+    }
+
+    /// Lets threads claim the units of the request that `begin` wrote.
+    fn open(&self) {
+        // SAFETY: nothing is open, so nobody writes the request.
+        let req = unsafe { &*self.request.get() };
+        let total = req.convert_units + req.groups.len() * (req.up_chunks + req.down_chunks);
         let epoch = self.epoch.load(Ordering::Relaxed).wrapping_add(1);
         self.epoch.store(epoch, Ordering::Relaxed);
         self.total.store(total as u32, Ordering::Relaxed);
@@ -260,6 +347,7 @@ impl Engine {
 
     /// Claims and computes units until there are none left; false when there was none.
     pub fn run(&self) -> bool {
+        self.take_remote();
         let Some(first) = self.mailbox.ticket.claim() else { return false };
         let start = Instant::now();
         let mut next = Some(first);
@@ -270,6 +358,9 @@ impl Engine {
             if catch_unwind(AssertUnwindSafe(|| self.unit(req, unit))).is_err() {
                 self.mailbox.unit_failed();
                 self.release_dependents(req, unit);
+            }
+            if let Some(remote) = &self.remote {
+                self.answer(remote, req, unit);
             }
             // the clock is read before the last report, after which JOIN may look at the sum
             next = self.mailbox.ticket.claim();
@@ -351,6 +442,19 @@ impl Engine {
             && g < req.groups.len()
         {
             self.hidden_ready[g].store(1, Ordering::Release);
+        }
+    }
+
+    /// Answers the rows of a group with the last of its output chunks.
+    fn answer(&self, remote: &Remote, req: &Request, unit: usize) {
+        let up_units = req.groups.len() * req.up_chunks;
+        let Some(down) = unit.checked_sub(req.convert_units + up_units) else { return };
+        let g = down / req.down_chunks;
+        if self.down_done[g].fetch_add(1, Ordering::AcqRel) + 1 == req.down_chunks as u32 {
+            let ok = !self.mailbox.has_failed();
+            for row in &req.rows[req.groups[g].first..req.groups[g].end] {
+                remote.answer(row.row, req.remote_epoch, ok);
+            }
         }
     }
 

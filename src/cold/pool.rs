@@ -19,7 +19,8 @@ use super::engine::Engine;
 /// How long a worker spins without work after the last step ended. Sampling, tokenising and the
 /// server's own loop fit into it, so that decode finds its workers awake.
 const LINGER: Duration = Duration::from_millis(2);
-const SPINS_PER_LOOK: u32 = 64;
+/// A pause takes up to 140 cycles, and a request waits for the next look.
+const SPINS_PER_LOOK: u32 = 4;
 
 struct State {
     /// Engines to serve; `version` counts changes.

@@ -26,23 +26,23 @@ pub const MAX_TOKENS: u32 = 7;
 const ALIGN: usize = 4096;
 
 /// Zeroed memory of fixed address.
-pub struct SlotMemory {
+pub struct HostMemory {
     ptr: NonNull<u8>,
     layout: Layout,
 }
 
 // SAFETY: plain memory; who may touch which part when is the business of `slots`.
-unsafe impl Send for SlotMemory {}
+unsafe impl Send for HostMemory {}
 // SAFETY: as above.
-unsafe impl Sync for SlotMemory {}
+unsafe impl Sync for HostMemory {}
 
-impl SlotMemory {
+impl HostMemory {
     /// `bytes` zeroed bytes, or `None` when there is no such memory.
     pub fn new(bytes: usize) -> Option<Self> {
         let layout = Layout::from_size_align(bytes.max(1), ALIGN).ok()?;
         // SAFETY: the size is not zero.
         let ptr = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(SlotMemory { ptr, layout })
+        Some(HostMemory { ptr, layout })
     }
 
     /// First byte.
@@ -56,7 +56,7 @@ impl SlotMemory {
     }
 }
 
-impl Drop for SlotMemory {
+impl Drop for HostMemory {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this layout.
         unsafe { dealloc(self.ptr.as_ptr(), self.layout) };

@@ -66,17 +66,13 @@ pub struct Limits {
     pub max_swaps: u32,
 }
 
-/// Experts used for each one that a plan may upload.
-///
-/// A copy reads and writes as many bytes as a use reads, in the memory that decode is waiting for: at one upload for
-/// 64 uses the swaps cost decode about 3% at most, also while the slots are being filled. Counted in uses and not in
-/// time, so that a replay decides as the run did.
-const USES_PER_UPLOAD: u64 = 64;
-
 impl Limits {
-    /// What the plan after `uses` uses of experts of the pool may cost.
-    pub fn after(uses: u64) -> Self {
-        Limits { max_swaps: (uses / USES_PER_UPLOAD).clamp(1, u64::from(u32::MAX)) as u32 }
+    /// What the plan after `uses` uses of experts of the pool may cost, when a copy costs decode about as
+    /// much as a use on this device does times `uses_per_upload`. Counted in uses and not in time, so that
+    /// a replay decides as the run did.
+    pub fn after(uses: u64, uses_per_upload: u32) -> Self {
+        let swaps = uses / u64::from(uses_per_upload.max(1));
+        Limits { max_swaps: swaps.clamp(1, u64::from(u32::MAX)) as u32 }
     }
 }
 

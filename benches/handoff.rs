@@ -1,0 +1,168 @@
+//! What the two nodes of a layer cost on a GPU, in a captured graph of 48 layers, without any work: nothing
+//! cold, and everything cold with rows that are answered as they are. Needs a library with kernels.
+//!
+//! Prints `name<TAB>value<TAB>unit`. The machine's other threads should be idle.
+
+use std::{
+    ffi::c_char,
+    process::ExitCode,
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use cudarc::driver::sys;
+use moe_hot::{
+    device::cuda::{self, CudaError, Device, Port, PortShape, Stream, VideoMemory},
+    ggml::ggml_tensor,
+    mailbox::Remote,
+    usage::StepUsage,
+};
+
+const LAYERS: usize = 48;
+const EXPERTS: usize = 64;
+const USED: usize = 8;
+const EMBD: usize = 2048;
+const ROUNDS: usize = 9;
+const REPLAYS: usize = 200;
+const BOUND: Duration = Duration::from_secs(5);
+
+/// Calls the driver and stops at an error: this is a measurement.
+macro_rules! cu {
+    ($f:ident($($arg:expr),* $(,)?)) => {{
+        // SAFETY: the arguments are valid for the call.
+        let status = unsafe { sys::$f($($arg),*) };
+        assert_eq!(status, sys::CUresult::CUDA_SUCCESS, stringify!($f));
+    }};
+}
+
+fn tensor(data: *mut u8, ne: [usize; 3], nb: [usize; 3]) -> ggml_tensor {
+    // SAFETY: a plain C structure; what the nodes look at is set below.
+    let mut t: ggml_tensor = unsafe { std::mem::zeroed() };
+    t.data = data.cast();
+    t.ne = [ne[0] as i64, ne[1] as i64, ne[2] as i64, 1];
+    t.nb = [4, nb[0], nb[1], nb[2]];
+    t
+}
+
+/// The nodes of all layers, captured.
+struct Graph {
+    exec: sys::CUgraphExec,
+    stream: Stream,
+}
+
+impl Graph {
+    fn capture(device: &Arc<Device>, port: &Port, memory: &VideoMemory, n_out: usize) -> Graph {
+        let stream = Stream::new(device.clone(), false).expect("a stream");
+        let raw = stream.raw();
+        let at = |offset: usize| memory.ptr().wrapping_add(offset);
+        let mut cur = tensor(at(0), [EMBD, 1, 1], [EMBD * 4; 3]);
+        let mut ids = tensor(at(EMBD * 4), [USED, 1, 1], [EXPERTS * 4; 3]);
+        let mut slots = tensor(at(EMBD * 4 + 4096), [USED, 1, 1], [USED * 4; 3]);
+        slots.src[0] = &raw mut cur;
+        slots.src[1] = &raw mut ids;
+        let mut out = tensor(at(EMBD * 4 + 8192), [n_out, USED, 1], [EMBD * 4, EMBD * USED * 4, EMBD * USED * 4]);
+        out.src[1] = &raw mut slots;
+        cu!(cuStreamBeginCapture_v2(raw, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED));
+        for layer in 0..LAYERS {
+            // SAFETY: tensors as the bridge builds them, in device memory that outlives the graph.
+            unsafe {
+                cuda::dispatch(port, layer, &slots, raw.cast(), BOUND).expect("DISPATCH is enqueued");
+                if n_out > 0 {
+                    cuda::join(port, layer, &out, raw.cast(), BOUND).expect("JOIN is enqueued");
+                }
+            }
+        }
+        let mut graph = ptr::null_mut();
+        cu!(cuStreamEndCapture(raw, &mut graph));
+        let mut exec = ptr::null_mut();
+        cu!(cuGraphInstantiateWithFlags(&mut exec, graph, 0));
+        Graph { exec, stream }
+    }
+
+    /// Time of a replay, the best of some rounds, in us.
+    fn time(&self, port: &Port) -> f64 {
+        let mut best = f64::INFINITY;
+        for _ in 0..ROUNDS {
+            let start = Instant::now();
+            for _ in 0..REPLAYS {
+                cu!(cuGraphLaunch(self.exec, self.stream.raw()));
+                self.stream.synchronize().expect("the graph runs");
+            }
+            best = best.min(start.elapsed().as_secs_f64() * 1e6 / REPLAYS as f64);
+            port.harvest(&mut StepUsage::new(LAYERS));
+            assert_eq!(port.take_fault(), Ok(None), "JOIN gave up");
+        }
+        best
+    }
+}
+
+/// Answers every row at once, without computing it.
+fn answer(remote: &Remote, stop: &AtomicBool) {
+    let mut seen = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let epoch = remote.epoch();
+        if epoch == seen {
+            std::hint::spin_loop();
+            continue;
+        }
+        seen = epoch;
+        // SAFETY: seen just now, and not answered.
+        let (_, _, rows) = unsafe { remote.read() };
+        for (row, _) in rows {
+            remote.answer(row, epoch, true);
+        }
+    }
+}
+
+fn measure() -> Result<(), CudaError> {
+    // initialises the driver, so that it can be asked for a device
+    let _ = Device::open("");
+    let mut pci = [0 as c_char; 32];
+    cu!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, 0));
+    // SAFETY: the driver ends it with a zero.
+    let pci = unsafe { std::ffi::CStr::from_ptr(pci.as_ptr()) }.to_str().expect("ASCII").to_string();
+    let device = Device::open(&pci)?;
+    let shape =
+        PortShape { n_layers: LAYERS, n_expert: EXPERTS, max_tokens: 1, n_used: USED, n_in: EMBD, n_out: EMBD };
+    let port = Port::new(device.clone(), shape)?;
+    let memory = VideoMemory::new(device.clone(), EMBD * 4 * (USED + 2) + 16384)?;
+    let ids: [i32; USED] = std::array::from_fn(|k| k as i32 * 7);
+    cu!(cuMemcpyHtoD_v2(memory.ptr() as u64 + (EMBD * 4) as u64, ids.as_ptr().cast(), size_of_val(&ids)));
+
+    // both nodes; both, with rows that are next to nothing; DISPATCH alone
+    let graphs = [EMBD, 32, 0].map(|n_out| Graph::capture(&device, &port, &memory, n_out));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| answer(&port.remote(), &stop));
+        let mut version = 1;
+        for (name, n_cold) in [("hot", 0), ("cold1", 1), ("cold2", 2), ("cold4", 4), ("cold", USED)] {
+            version += 1;
+            let cold: Vec<usize> = ids.iter().take(n_cold).map(|i| *i as usize).collect();
+            let map = |_: usize, map: &mut [i32]| {
+                for (expert, slot) in map.iter_mut().enumerate() {
+                    *slot = if cold.contains(&expert) { -1 } else { expert as i32 };
+                }
+            };
+            port.update_map(version, map).expect("the map is copied");
+            for (graph, what) in graphs.iter().zip(["", "_short_rows", "_dispatch"]) {
+                println!("{name}{what}_us_per_layer\t{:.2}\tus", graph.time(&port) / LAYERS as f64);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match measure() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("handoff: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! Slots in VRAM; DISPATCH and JOIN are kernels on ggml's stream.
+//!
+//! The driver is loaded at run time, so a build with CUDA support runs on a machine without a GPU. The
+//! kernels come from `kernels/moe_hot.cu`, compiled by nvcc when `scripts/build --cuda` asks for it.
+
+mod copier;
+mod driver;
+mod memory;
+mod node;
+mod port;
+
+/// Largest ubatch that takes the hot path, in tokens: up to there ggml has vector kernels, which need no
+/// more than a guard to skip an expert.
+pub const MAX_TOKENS: u32 = 8;
+
+pub use copier::CudaCopier;
+pub use driver::{CudaError, Device, Stream, kernels_built};
+pub use memory::{Pinned, Registration, VideoMemory};
+pub use node::{dispatch, join};
+pub use port::{Fault, Port, PortShape};

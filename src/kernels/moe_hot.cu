@@ -1,0 +1,194 @@
+// The two nodes of a layer on the GPU. Layouts are those of device/cuda/port.rs.
+//
+// A captured CUDA graph replays these kernels with the arguments of the capture, so whatever changes from
+// step to step (the map, the epoch, the failure mark) lives behind pointers.
+
+#include <cstdint>
+
+// Set in the answer to a row when it could not be computed.
+constexpr uint32_t FAILED_BIT = 0x80000000u;
+// Set in a row of the usage record when it had no slot.
+constexpr uint32_t COLD_BIT = 0x80000000u;
+
+// An answer has a cache line of its own: every poll takes the line from the core that wants to write it.
+constexpr int ANSWER_STRIDE = 64/sizeof(uint32_t);
+
+// Polls between two looks at the clock.
+constexpr int POLLS = 64;
+
+// GPU to CPU, in mapped host memory. The activations follow in memory of their own.
+struct Request {
+    uint32_t epoch; // last written: all else is in place when it changes
+    uint32_t layer;
+    uint32_t n_tokens;
+    uint32_t n_rows;
+    uint32_t pad[12];
+    uint32_t rows[]; // row of the result << 16 | expert
+};
+
+// GPU to CPU: what a layer routed, read when the step has ended.
+struct Usage {
+    uint32_t n_rows;   // last written by DISPATCH, zeroed by the CPU
+    uint32_t n_tokens;
+    uint32_t pad[14];
+    // then rows[max_rows]:    expert | COLD_BIT
+    // then wait_ns[max_rows]: how long JOIN waited for a cold row
+};
+
+// Addresses that never change while the context lives.
+struct Port {
+    Request        * request;
+    float          * act;        // [max_tokens, act_stride]
+    const uint32_t * answers;    // [max_rows, ANSWER_STRIDE]: the epoch, with FAILED_BIT when the row failed
+    const float    * out;        // [max_rows, out_stride]
+    uint32_t       * error;      // mapped: why the step failed, 1: timed out, 2: a row failed
+    uint32_t       * epoch;      // device: epoch of the last request
+    uint32_t       * gave_up;    // device: a JOIN of this step has failed, the next do not wait
+    uint64_t         bound_ns;
+    uint32_t         max_rows;
+    uint32_t         act_stride; // in floats
+    uint32_t         out_stride;
+};
+
+// From memory, not from a cache. The rows are read the same way and only after the answer has come, which
+// orders them behind it without a fence.
+static __device__ __forceinline__ uint32_t load_from_host(const uint32_t * p) {
+    uint32_t v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void store_release_sys(uint32_t * p, uint32_t v) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+
+static __device__ __forceinline__ uint64_t now_ns() {
+    uint64_t t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
+static __device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// slot_ids[t, k] = map[selected[t, k]]; counts all, and posts the cold rows with the activations.
+// One block: its threads share a barrier, and the flag needs to follow the writes of no other block.
+extern "C" __global__ void __launch_bounds__(1024) moe_hot_dispatch(
+        const Port port, Usage * usage, const int32_t * map, const uint32_t layer,
+        const float * cur, const uint32_t cur_stride, const uint32_t n_embd,
+        const int32_t * selected, const uint32_t selected_stride, const uint32_t n_used, const uint32_t n_tokens,
+        int32_t * slot_ids) {
+    __shared__ uint32_t n_cold_shared;
+    if (threadIdx.x == 0) {
+        n_cold_shared = 0;
+    }
+    wait_for_predecessor();
+    __syncthreads();
+
+    const uint32_t n_rows = n_used*n_tokens;
+    uint32_t * usage_rows = (uint32_t *) (usage + 1);
+
+    for (uint32_t row = threadIdx.x; row < n_rows; row += blockDim.x) {
+        const uint32_t t      = row / n_used;
+        const int32_t  expert = selected[t*selected_stride + (row - t*n_used)];
+        const int32_t  slot   = map[expert];
+        slot_ids[row] = slot;
+        usage_rows[row] = (uint32_t) expert | (slot < 0 ? COLD_BIT : 0);
+        if (slot < 0) {
+            port.request->rows[atomicAdd(&n_cold_shared, 1)] = row << 16 | (uint32_t) expert;
+        }
+    }
+    if (threadIdx.x == 0) {
+        usage->n_tokens = n_tokens;
+        usage->n_rows   = n_rows;
+    }
+    __syncthreads();
+    const uint32_t n_cold = n_cold_shared;
+    let_successor_start();
+    if (n_cold == 0) {
+        return;
+    }
+
+    const uint32_t n4 = n_embd/4;
+    for (uint32_t t = 0; t < n_tokens; t++) {
+        const float4 * src = (const float4 *) (cur + t*cur_stride);
+        float4       * dst = (float4 *) (port.act + t*port.act_stride);
+        for (uint32_t i = threadIdx.x; i < n4; i += blockDim.x) {
+            dst[i] = src[i];
+        }
+    }
+    if (threadIdx.x == 0) {
+        port.request->layer    = layer;
+        port.request->n_tokens = n_tokens;
+        port.request->n_rows   = n_cold;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const uint32_t epoch = (*port.epoch + 1) & ~FAILED_BIT;
+        *port.epoch = epoch;
+        store_release_sys(&port.request->epoch, epoch);
+    }
+}
+
+// Fills the rows of experts without a slot, in place: one block a row, which waits for its row alone.
+extern "C" __global__ void __launch_bounds__(256) moe_hot_join(
+        const Port port, Usage * usage, const int32_t * slot_ids,
+        float * experts, const uint32_t row_stride, const uint32_t token_stride, const uint32_t n_embd, const uint32_t n_used) {
+    wait_for_predecessor();
+
+    const uint32_t row = blockIdx.x;
+    if (slot_ids[row] >= 0) {
+        return;
+    }
+    __shared__ uint32_t ready;
+    if (threadIdx.x == 0) {
+        const uint32_t epoch = *port.epoch;
+        const uint64_t start = now_ns();
+        uint32_t answer = load_from_host(port.answers + row*ANSWER_STRIDE);
+        uint64_t waited = 0;
+        bool     gave_up = false;
+        for (int polls = 1; (answer & ~FAILED_BIT) != epoch; polls++) {
+            if (polls % POLLS == 0) {
+                waited  = now_ns() - start;
+                gave_up = waited > port.bound_ns || *(volatile uint32_t *) port.gave_up != 0;
+                if (gave_up) {
+                    break;
+                }
+            }
+            answer = load_from_host(port.answers + row*ANSWER_STRIDE);
+        }
+        ready = !gave_up && answer == epoch;
+        if (!ready) {
+            *(volatile uint32_t *) port.gave_up = 1;
+            // the first reason stays as far as the CPU is concerned: it reads the mark after the step
+            *(volatile uint32_t *) port.error = gave_up ? 1 : 2;
+        }
+        uint32_t * wait_ns = (uint32_t *) (usage + 1) + port.max_rows;
+        waited = now_ns() - start;
+        wait_ns[row] = waited > 0xffffffffu ? 0xffffffffu : (uint32_t) waited;
+    }
+    __syncthreads();
+
+    const uint32_t t   = row/n_used;
+    const float4 * src = (const float4 *) (port.out + row*port.out_stride);
+    float4       * dst = (float4 *) (experts + t*token_stride + (row - t*n_used)*row_stride);
+    const uint32_t n4  = n_embd/4;
+    if (ready) {
+        for (uint32_t i = threadIdx.x; i < n4; i += blockDim.x) {
+            dst[i] = __ldcv(src + i); // from memory: the row before it had the same address
+        }
+    } else {
+        for (uint32_t i = threadIdx.x; i < n4; i += blockDim.x) {
+            dst[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+    }
+}
