@@ -64,7 +64,8 @@ impl Graph {
         let mut slots = tensor(at(EMBD * 4 + 4096), [USED, 1, 1], [USED * 4; 3]);
         slots.src[0] = &raw mut cur;
         slots.src[1] = &raw mut ids;
-        let mut out = tensor(at(EMBD * 4 + 8192), [n_out, USED, 1], [EMBD * 4, EMBD * USED * 4, EMBD * USED * 4]);
+        let mut out =
+            tensor(at(EMBD * 4 + 8192), [n_out, USED, 1], [EMBD * 4, EMBD * USED * 4, EMBD * USED * 4]);
         out.src[1] = &raw mut slots;
         cu!(cuStreamBeginCapture_v2(raw, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED));
         for layer in 0..LAYERS {
@@ -126,8 +127,14 @@ fn measure() -> Result<(), CudaError> {
     // SAFETY: the driver ends it with a zero.
     let pci = unsafe { std::ffi::CStr::from_ptr(pci.as_ptr()) }.to_str().expect("ASCII").to_string();
     let device = Device::open(&pci)?;
-    let shape =
-        PortShape { n_layers: LAYERS, n_expert: EXPERTS, max_tokens: 1, n_used: USED, n_in: EMBD, n_out: EMBD };
+    let shape = PortShape {
+        n_layers: LAYERS,
+        n_expert: EXPERTS,
+        max_tokens: 1,
+        n_used: USED,
+        n_in: EMBD,
+        n_out: EMBD,
+    };
     let port = Port::new(device.clone(), shape)?;
     let memory = VideoMemory::new(device.clone(), EMBD * 4 * (USED + 2) + 16384)?;
     let ids: [i32; USED] = std::array::from_fn(|k| k as i32 * 7);

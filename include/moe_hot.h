@@ -99,6 +99,9 @@ typedef struct moe_hot_slots {
   size_t bytes[3];
   // Whether `data` are addresses of the layer's device.
   bool on_device;
+  // Not negative: all experts of the layer have their slots for good, expert e slot `resident + e`,
+  // and the nodes are not needed.
+  int32_t resident;
 } moe_hot_slots;
 
 // Counters since the context was created or reset; see `telemetry::Stats`.
@@ -210,7 +213,8 @@ enum moe_hot_status moe_hot_activate(struct moe_hot_context *ctx, int32_t n_thre
 // `ctx` is null or from `moe_hot_context_create`.
 int32_t moe_hot_find(const struct moe_hot_context *ctx, const void *down_data);
 
-// Largest ubatch of the hot path, in tokens.
+// Largest ubatch of the hot path, in tokens; 0 after a step that failed because a thread is stuck, as long
+// as it is.
 //
 // # Safety
 // `ctx` is null or from `moe_hot_context_create`.

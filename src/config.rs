@@ -35,7 +35,7 @@ pub enum ConfigError {
 pub struct Config {
     /// Slots a layer on average; 0: off.
     pub k: u32,
-    /// Decoded tokens between two plans.
+    /// Decoded tokens between two plans. Short: copies run beside decode, and a plan takes some 100 us.
     pub rebalance_interval: u32,
     /// Ubatches of more tokens take the stock graph; `None`: as the device says.
     pub pp_bypass: Option<u32>,
@@ -51,7 +51,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             k: 0,
-            rebalance_interval: 40,
+            rebalance_interval: 4,
             pp_bypass: None,
             policy: PolicyKind::default(),
             threads: None,

@@ -4,28 +4,24 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::{
-    cold::{ColdRow, Engine, EngineError},
+    cold::{ColdRow, Engine, EngineError, join_bound},
     device::{
         Device,
         cuda::{CudaError, Fault, Port, PortShape},
     },
     log::{Level, log},
-    model::Model,
-    telemetry::Stats,
+    model::{Boundary, Model},
+    telemetry::{Stats, Step, StepLog},
     usage::StepUsage,
 };
-
-/// How long JOIN waits for other threads before it fails the step. A layer's cold experts take
-/// milliseconds; this is for a worker that died, not for a slow one.
-pub const JOIN_BOUND: Duration = Duration::from_secs(10);
 
 /// Counters of a context since its creation or the last reset.
 #[derive(Default)]
@@ -44,14 +40,26 @@ pub struct Context {
     engine: Arc<Engine>,
     /// Shared with the kernels when the slots are in VRAM.
     port: Option<Port>,
+    /// Hits a token in layers without nodes.
+    uncounted: u64,
     usage: Mutex<StepUsage>,
     cold: Mutex<Vec<ColdRow>>,
     counters: Counters,
     /// The model's counters when ours were reset last.
     base: Mutex<Stats>,
     failed: Mutex<Option<StepError>>,
-    /// Whether a ubatch on the hot path is running.
-    running: Mutex<bool>,
+    /// The engine did not answer in time and still works on that request.
+    stuck: AtomicBool,
+    /// The ubatch on the hot path that is running.
+    running: Mutex<Option<Running>>,
+    log: Option<Mutex<StepLog>>,
+}
+
+struct Running {
+    since: Instant,
+    boundary: Boundary,
+    /// JOIN's time before it.
+    join_wait_ns: u64,
 }
 
 /// Why the output of a step must not be used.
@@ -89,12 +97,15 @@ impl Context {
             id,
             engine,
             port,
+            uncounted: model.uncounted(),
             usage: Mutex::new(usage),
             cold: Mutex::default(),
             counters: Counters::default(),
             base: Mutex::new(base),
             failed: Mutex::default(),
-            running: Mutex::new(false),
+            stuck: AtomicBool::new(false),
+            running: Mutex::default(),
+            log: StepLog::new().map(Mutex::new),
             model,
         })
     }
@@ -127,17 +138,37 @@ impl Context {
     /// Helps with the open request until it is complete; `timed` for one of the calling threads.
     pub fn wait_cold(&self, timed: bool) -> Result<(), EngineError> {
         if !timed {
-            return self.engine.finish(JOIN_BOUND);
+            return self.engine.finish(join_bound());
         }
         let start = Instant::now();
-        let ready = self.engine.finish(JOIN_BOUND);
+        let ready = self.engine.finish(join_bound());
         self.counters.join_wait_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
         ready
     }
 
     /// Marks the running step as failed; the first reason is kept.
     pub fn fail(&self, why: impl Into<StepError>) {
-        self.failed.lock().get_or_insert(why.into());
+        let why = why.into();
+        if matches!(why, StepError::Engine(EngineError::TimedOut(_))) {
+            self.stuck.store(true, Ordering::Relaxed);
+        }
+        self.failed.lock().get_or_insert(why);
+    }
+
+    /// Largest ubatch that takes the hot path, in tokens; 0 while a thread of the cold engine is stuck: the
+    /// stock graph needs none of them.
+    pub fn max_tokens(&self) -> u32 {
+        if self.stuck.load(Ordering::Relaxed) {
+            if !self.engine.is_idle() {
+                return 0;
+            }
+            self.stuck.store(false, Ordering::Relaxed);
+            log!(
+                Level::Warn,
+                "moe-hot: the cold experts that were late have arrived, the slots are in use again"
+            );
+        }
+        self.model.max_tokens()
     }
 
     /// A ubatch of `n_tokens` tokens is about to be computed; whether it takes the hot path, and thus has
@@ -148,12 +179,14 @@ impl Context {
     pub fn step_begin(&self, n_tokens: u32) -> Result<bool, StepError> {
         // a step that was given up ends here
         self.close_step();
-        let hot = n_tokens <= self.model.max_tokens();
-        self.model.step_begin(self.id, hot);
+        let since = Instant::now();
+        let hot = n_tokens <= self.max_tokens();
+        let boundary = self.model.step_begin(self.id, hot);
         if !hot {
             return Ok(false);
         }
-        *self.running.lock() = true;
+        let join_wait_ns = self.counters.join_wait_ns.load(Ordering::Relaxed);
+        *self.running.lock() = Some(Running { since, boundary, join_wait_ns });
         self.usage.lock().n_tokens = n_tokens;
         if let Some(port) = &self.port {
             // the version first: what changes meanwhile is copied with the next step
@@ -169,34 +202,47 @@ impl Context {
     /// The cold engine failed in this step: its output must not be used.
     pub fn step_end(&self) -> Result<(), StepError> {
         self.close_step();
-        match self.failed.lock().take() {
-            Some(why) => Err(why),
-            None => Ok(()),
+        let Some(why) = self.failed.lock().take() else { return Ok(()) };
+        if self.stuck.load(Ordering::Relaxed) {
+            log!(Level::Warn, "moe-hot: this context takes the stock graph until they arrive");
         }
+        Err(why)
     }
 
     fn close_step(&self) {
-        if !std::mem::take(&mut *self.running.lock()) {
-            return;
-        }
+        let Some(step) = self.running.lock().take() else { return };
         let mut usage = self.usage.lock();
         if let Some(port) = &self.port {
             let waited = port.harvest(&mut usage);
             self.counters.join_wait_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
             match port.take_fault() {
                 Ok(None) => {}
-                Ok(Some(Fault::TimedOut)) => self.fail(EngineError::TimedOut(JOIN_BOUND)),
+                Ok(Some(Fault::TimedOut)) => self.fail(EngineError::TimedOut(join_bound())),
                 Ok(Some(Fault::RowFailed)) => self.fail(EngineError::Failed),
                 Err(e) => self.fail(e),
             }
         }
-        if !usage.is_empty() {
+        usage.hits += u64::from(usage.n_tokens) * self.uncounted;
+        if usage.hits + usage.misses > 0 {
             self.counters.steps.fetch_add(1, Ordering::Relaxed);
             self.counters.tokens.fetch_add(u64::from(usage.n_tokens), Ordering::Relaxed);
             self.counters.hits.fetch_add(usage.hits, Ordering::Relaxed);
             self.counters.misses.fetch_add(usage.misses, Ordering::Relaxed);
         }
         self.model.step_end(self.id, &usage);
+        if let Some(log) = &self.log {
+            let join_wait_ns = self.counters.join_wait_ns.load(Ordering::Relaxed);
+            let join_wait_ns = join_wait_ns.saturating_sub(step.join_wait_ns);
+            log.lock().add(Step {
+                us: step.since.elapsed().as_micros() as u64,
+                tokens: usage.n_tokens,
+                hits: usage.hits,
+                misses: usage.misses,
+                copying: step.boundary.copying,
+                rebalance_us: step.boundary.rebalance_us,
+                join_wait_us: join_wait_ns / 1000,
+            });
+        }
         usage.clear();
     }
 
@@ -234,6 +280,9 @@ impl Drop for Context {
         let stats = self.stats();
         if stats.tokens > 0 {
             log!(Level::Info, "moe-hot: {stats}");
+        }
+        if let Some(Err(e)) = self.log.as_ref().map(|l| l.lock().write()) {
+            log!(Level::Error, "moe-hot: the log of steps cannot be written: {e}");
         }
     }
 }

@@ -14,9 +14,9 @@ use std::{
 };
 
 use crate::{
-    cold::{Activation, Layer, Matrix},
+    cold::{Activation, Layer, Matrix, join_bound},
     config,
-    context::{Context, JOIN_BOUND, StepError},
+    context::{Context, StepError},
     device::{SlotMemory, cuda, host},
     ggml::ggml_tensor,
     log::{self, Level, log},
@@ -132,6 +132,9 @@ pub struct moe_hot_slots {
     pub bytes: [usize; 3],
     /// Whether `data` are addresses of the layer's device.
     pub on_device: bool,
+    /// Not negative: all experts of the layer have their slots for good, expert e slot `resident + e`,
+    /// and the nodes are not needed.
+    pub resident: i32,
 }
 
 /// Counters since the context was created or reset; see `telemetry::Stats`.
@@ -466,14 +469,16 @@ pub unsafe extern "C" fn moe_hot_find(ctx: *const moe_hot_context, down_data: *c
     found
 }
 
-/// Largest ubatch of the hot path, in tokens.
+/// Largest ubatch of the hot path, in tokens; 0 after a step that failed because a thread is stuck, as long
+/// as it is.
 ///
 /// # Safety
 /// `ctx` is null or from `moe_hot_context_create`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_max_tokens(ctx: *const moe_hot_context) -> u32 {
     // SAFETY: see above.
-    unsafe { ctx.as_ref() }.map_or(0, |c| c.model.max_tokens())
+    let ctx = unsafe { ctx.as_ref() };
+    ctx.map_or(0, |c| c.context.as_ref().map_or_else(|| c.model.max_tokens(), |active| active.max_tokens()))
 }
 
 /// The slots of hot layer `layer`.
@@ -499,6 +504,7 @@ pub unsafe extern "C" fn moe_hot_get_slots(
             data: [ptr::null_mut(); 3],
             bytes: [0; 3],
             on_device: false,
+            resident: ctx.model.resident_from(layer as usize).map_or(-1, |first| first as i32),
         };
         for (i, m) in class.memory.iter().enumerate() {
             out.data[i] = m.ptr().cast();
@@ -730,7 +736,9 @@ pub unsafe extern "C" fn moe_hot_cuda_dispatch(
     userdata: *mut c_void,
 ) {
     // SAFETY: passed on.
-    unsafe { on_device(dst, userdata, |port, layer, dst| cuda::dispatch(port, layer, dst, stream, JOIN_BOUND)) };
+    unsafe {
+        on_device(dst, userdata, |port, layer, dst| cuda::dispatch(port, layer, dst, stream, join_bound()))
+    };
 }
 
 /// Enqueues the JOIN node, otherwise as `moe_hot_cuda_dispatch`.
@@ -738,9 +746,15 @@ pub unsafe extern "C" fn moe_hot_cuda_dispatch(
 /// # Safety
 /// As for `moe_hot_cuda_dispatch`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn moe_hot_cuda_join(dst: *mut ggml_tensor, stream: *mut c_void, userdata: *mut c_void) {
+pub unsafe extern "C" fn moe_hot_cuda_join(
+    dst: *mut ggml_tensor,
+    stream: *mut c_void,
+    userdata: *mut c_void,
+) {
     // SAFETY: passed on.
-    unsafe { on_device(dst, userdata, |port, layer, dst| cuda::join(port, layer, dst, stream, JOIN_BOUND)) };
+    unsafe {
+        on_device(dst, userdata, |port, layer, dst| cuda::join(port, layer, dst, stream, join_bound()))
+    };
 }
 
 /// What a DISPATCH node in VRAM is created with (`ggml_custom_op_t`). Runs only when the node was

@@ -12,6 +12,7 @@ pub mod cold;
 pub mod config;
 pub mod context;
 pub mod device;
+pub mod fault;
 pub mod ffi;
 pub mod ggml;
 #[cfg(feature = "cli")]

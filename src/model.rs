@@ -11,7 +11,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicI32, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -20,6 +20,7 @@ use crate::{
     cold::{Engine, Layer, Matrix, WorkerPool},
     config::Config,
     device::{Device, SlotMemory, cuda, host},
+    fault,
     log::{Level, log},
     policy::{self, Key, Limits, Policy, PoolShape, Swap},
     slots::{Action, SlotTable, Stamp},
@@ -38,8 +39,10 @@ const SLOTS_PER_USED: u32 = 3;
 const VRAM_MARGIN: usize = 512 << 20;
 /// When an allocation fails although there seemed to be room, the next try asks for this share.
 const SHRINK: f64 = 0.9;
-/// Registering host memory for longer than this is announced.
-const ANNOUNCE_BYTES: usize = 8 << 30;
+/// How often the progress of registering host memory is told, and from how many bytes on before they are
+/// registered: 14 GB take a second.
+const TELL_EVERY: Duration = Duration::from_secs(2);
+const LONG_BYTES: usize = 8 << 30;
 
 /// Types and shapes that experts must share to share slots. Gate and up may be merged, hence a list.
 type ClassKey = Vec<(i32, usize, usize)>;
@@ -89,10 +92,23 @@ pub struct Class {
     pub expert_bytes: usize,
 }
 
+/// What happened at the begin of a step.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Boundary {
+    /// Copies under way when it began.
+    pub copying: usize,
+    /// Time of the plan that was made there, in us; 0 without one.
+    pub rebalance_us: u64,
+}
+
 struct ClassControl {
     table: SlotTable,
     policy: Box<dyn Policy>,
     uses_since_plan: u64,
+    /// Copies that have not been reported.
+    copying: usize,
+    /// Most of them at a time: what the last plan could cost.
+    max_copying: usize,
 }
 
 /// All that changes at step boundaries.
@@ -117,8 +133,6 @@ struct Active {
     // fields are dropped in this order: the copies end before the slots they write to are freed
     transfer: Transfer,
     workers: WorkerPool,
-    // unregistered after the last copy
-    _registration: Option<cuda::Registration>,
     device: Device,
     max_tokens: u32,
     layers: Arc<[Layer]>,
@@ -193,7 +207,12 @@ impl Model {
     /// Makes the pool from what was offered and says what was requested and what is active. Further
     /// calls return what the first did.
     pub fn activate(&self, n_threads: usize) -> bool {
-        self.active.get_or_init(|| self.build(n_threads)).is_some()
+        let build = || {
+            let active = self.build(n_threads)?;
+            active.fill();
+            Some(active)
+        };
+        self.active.get_or_init(build).is_some()
     }
 
     fn build(&self, n_threads: usize) -> Option<Active> {
@@ -234,7 +253,8 @@ impl Model {
                 notes.push(text);
             }
         };
-        let (mut classes, mut maps, mut controls, mut shapes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut classes, mut maps, mut controls, mut shapes) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut place = vec![(0, 0); layers.len()];
         for l in layers.iter() {
             maps.push(LayerMap((0..l.n_expert).map(|_| AtomicI32::new(-1)).collect()));
@@ -276,16 +296,19 @@ impl Model {
                 table: SlotTable::new(shape.n_slots),
                 policy: policy::build(self.config.policy, shape),
                 uses_since_plan: 0,
+                copying: 0,
+                max_copying: usize::MAX,
             });
             let expert_bytes = shape.expert_bytes as usize;
             classes.push(Class { layers: members, n_slots: shape.n_slots, memory, expert_bytes });
         }
-        let (registration, copier) = match copier(&device, &layers) {
+        let copier = match copier(&device, &layers) {
             Ok(c) => c,
             Err(e) => return not_active(&e.to_string()),
         };
 
-        let started = Transfer::new(copier).and_then(|t| Ok((t, WorkerPool::new(self.workers(&device, n_threads))?)));
+        let started =
+            Transfer::new(copier).and_then(|t| Ok((t, WorkerPool::new(self.workers(&device, n_threads))?)));
         let (transfer, workers) = match started {
             Ok(x) => x,
             Err(e) => return not_active(&format!("the system gives no thread: {e}")),
@@ -317,6 +340,9 @@ impl Model {
             if workers.len() == 1 { "" } else { "s" },
         );
         log!(Level::Info, "{status}");
+        if let Some(faults) = fault::announcement() {
+            log!(Level::Warn, "{faults}");
+        }
         if let Some(n) = self.config.pp_bypass.filter(|n| *n > max_tokens) {
             log!(
                 Level::Warn,
@@ -345,7 +371,6 @@ impl Model {
         Some(Active {
             transfer,
             workers,
-            _registration: registration,
             device,
             max_tokens,
             layers,
@@ -441,6 +466,28 @@ impl Model {
         self.pool().classes.iter().flat_map(|c| &c.memory).map(|m| m.bytes() as u64).sum()
     }
 
+    /// The slot of a layer's expert 0 when all experts of its class have theirs for good, one after the
+    /// other. `None` too when the routing is traced, which needs the nodes.
+    pub fn resident_from(&self, layer: usize) -> Option<usize> {
+        let a = self.pool();
+        let (class, member) = a.place[layer];
+        let n_expert = |l: &usize| a.layers[*l].n_expert;
+        let layers = &a.classes[class].layers;
+        let n_keys: usize = layers.iter().map(n_expert).sum();
+        let control = a.control.lock();
+        if control.trace.is_some() || control.classes[class].table.resident() != n_keys {
+            return None;
+        }
+        // as `fill` has placed them
+        Some(layers[..usize::from(member)].iter().map(n_expert).sum())
+    }
+
+    /// Experts a token that the layers route whose experts are all resident: nobody counts them.
+    pub fn uncounted(&self) -> u64 {
+        let layers = self.layers();
+        (0..layers.len()).filter(|l| self.resident_from(*l).is_some()).map(|l| layers[l].n_used as u64).sum()
+    }
+
     /// The class of a wired layer.
     pub fn class_of(&self, layer: usize) -> &Class {
         let a = self.pool();
@@ -476,15 +523,20 @@ impl Model {
     }
 
     /// A step boundary before a ubatch of context `id`; `hot` when it may take the hot path.
-    pub(crate) fn step_begin(&self, id: u64, hot: bool) {
+    pub(crate) fn step_begin(&self, id: u64, hot: bool) -> Boundary {
         let a = self.pool();
         let mut c = a.control.lock();
         c.publish(a);
+        let rebalance_us = c.stats.rebalance_us;
         if c.tokens_since_plan >= self.config.rebalance_interval {
             c.tokens_since_plan = 0;
             c.rebalance(a);
         }
         c.start_copies(a);
+        let boundary = Boundary {
+            copying: c.classes.iter().map(|k| k.copying).sum(),
+            rebalance_us: c.stats.rebalance_us - rebalance_us,
+        };
         if hot {
             c.clock += 1;
             let now = c.clock;
@@ -492,6 +544,7 @@ impl Model {
             drop(c);
             a.workers.step_begin();
         }
+        boundary
     }
 
     /// The step of context `id` on the hot path has ended.
@@ -509,11 +562,33 @@ impl Model {
 
     /// Waits until no swap is under way. For tests and orderly ends; decode never calls it.
     pub fn settle(&self) {
-        let a = self.pool();
+        self.pool().settle();
+    }
+}
+
+impl Active {
+    /// Gives every expert its slot in a class that has room for all: there is nothing to decide, and
+    /// decode begins with nothing cold.
+    fn fill(&self) {
+        let mut c = self.control.lock();
+        for (class, control) in self.classes.iter().zip(&mut c.classes) {
+            let keys = policy::all_keys(class.layers.iter().map(|l| self.layers[*l].n_expert));
+            if keys.len() > control.table.len() {
+                continue;
+            }
+            for (slot, key) in keys.into_iter().enumerate() {
+                control.table.assign(slot as u32, key, 0);
+            }
+        }
+        drop(c);
+        self.settle();
+    }
+
+    fn settle(&self) {
         loop {
-            let mut c = a.control.lock();
-            c.publish(a);
-            c.start_copies(a);
+            let mut c = self.control.lock();
+            c.publish(self);
+            c.start_copies(self);
             let stuck = !c.running.is_empty();
             if stuck || c.classes.iter().all(|k| k.table.in_flight() == 0) {
                 return;
@@ -550,7 +625,9 @@ impl Control {
             self.assigned.clear();
             self.assigned.extend(control.table.assigned());
             self.plan.clear();
-            let limits = Limits::after(std::mem::take(&mut control.uses_since_plan), a.device.uses_per_upload());
+            let limits =
+                Limits::after(std::mem::take(&mut control.uses_since_plan), a.device.uses_per_upload());
+            control.max_copying = limits.max_swaps as usize;
             control.policy.plan(&self.assigned, limits, &mut self.plan);
             for swap in &self.plan {
                 if let Action::Retire { key } = control.table.assign(swap.slot, swap.admit, self.clock) {
@@ -571,7 +648,10 @@ impl Control {
         let oldest = self.running.values().copied().min();
         for (i, (class, control)) in a.classes.iter().zip(&mut self.classes).enumerate() {
             let (orders, next) = (&mut self.orders, &mut self.next_order);
-            control.table.start_copies(oldest, |slot, key| {
+            let room = control.max_copying.saturating_sub(control.copying);
+            let copying = &mut control.copying;
+            control.table.start_copies(oldest, room, |slot, key| {
+                *copying += 1;
                 let id = *next;
                 *next += 1;
                 orders.insert(id, (i, slot));
@@ -596,6 +676,7 @@ impl Control {
                     log!(Level::Warn, "moe-hot: copying an expert into a slot failed ({n} so far): {why}");
                 }
             }
+            self.classes[class].copying -= 1;
             if let Action::Publish { key } = self.classes[class].table.copied(slot, report.result.is_ok()) {
                 let c = &a.classes[class];
                 a.maps[c.layers[usize::from(key.layer)]].set(key.expert, slot as i32);
@@ -734,7 +815,8 @@ fn allocate(
         match (memory, device) {
             (Ok(memory), _) => {
                 if share < 1.0 {
-                    let (n, of): (u32, u32) = (shapes.iter().map(|(s, _)| s.n_slots).sum(), wanted.iter().sum());
+                    let (n, of): (u32, u32) =
+                        (shapes.iter().map(|(s, _)| s.n_slots).sum(), wanted.iter().sum());
                     log!(
                         Level::Warn,
                         "moe-hot: {of} slots need {} MiB, there is room for {n} ({} MiB; {} MiB stay free)",
@@ -755,37 +837,37 @@ fn allocate(
 }
 
 /// Who copies experts into slots. For a device the experts are registered, so that it can read them in
-/// place; where the driver refuses, copies are staged.
-fn copier(
-    device: &Device,
-    layers: &[Layer],
-) -> Result<(Option<cuda::Registration>, Box<dyn Copier>), cuda::CudaError> {
-    let Device::Cuda(device) = device else { return Ok((None, Box::new(HostCopier))) };
+/// place; what the driver refuses is staged.
+fn copier(device: &Device, layers: &[Layer]) -> Result<Box<dyn Copier>, cuda::CudaError> {
+    let Device::Cuda(device) = device else { return Ok(Box::new(HostCopier)) };
     let mut ranges: Vec<(usize, usize)> = layers
         .iter()
         .flat_map(|l| l.matrices().map(|m| (m.data as usize, m.expert_bytes * l.n_expert)))
         .collect();
     ranges.sort_unstable();
     let total: usize = ranges.iter().map(|r| r.1).sum();
-    if total > ANNOUNCE_BYTES {
-        log!(Level::Info, "moe-hot: registering {} MiB of experts with the driver", total >> 20);
-    }
     let start = Instant::now();
+    let mut told = start;
     let mut registration = cuda::Registration::new(device.clone());
-    let refused = registration.add_all(&ranges);
+    let refused = registration.add_all(&ranges, |done, next| {
+        if told.elapsed() > TELL_EVERY || next > LONG_BYTES {
+            told = Instant::now();
+            let (done, total) = (done >> 20, total >> 20);
+            log!(Level::Info, "moe-hot: registering experts with the driver: {done} of {total} MiB");
+        }
+    });
     let bytes = registration.bytes();
     if bytes > 0 {
         let seconds = start.elapsed().as_secs_f64();
         log!(Level::Info, "moe-hot: registered {} MiB of experts in {seconds:.2} s", bytes >> 20);
     }
-    if let Err(why) = &refused {
+    if let Err(why) = refused {
         log!(
             Level::Warn,
-            "moe-hot: {} of {} MiB of experts are registered, copies go through a staging buffer: {why}",
+            "moe-hot: {} of {} MiB of experts are registered, the others are copied through a staging buffer: {why}",
             bytes >> 20,
             total >> 20
         );
     }
-    let copier = cuda::CudaCopier::new(device, refused.is_err())?;
-    Ok((Some(registration), Box::new(copier)))
+    Ok(Box::new(cuda::CudaCopier::new(device, Arc::new(registration))?))
 }

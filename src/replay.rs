@@ -157,6 +157,16 @@ pub fn replay(
             uses_since_plan: 0,
         });
     }
+    for p in &mut pools {
+        // as the run does: with room for all, all are there from the start
+        let keys = policy::all_keys(p.layers.iter().map(|l| routing.header.layers[*l].n_expert.into()));
+        if keys.len() <= p.slots.len() {
+            for (slot, key) in p.slots.iter_mut().zip(keys) {
+                *slot = Some(key);
+                p.hot[p.shape.index(key)] = true;
+            }
+        }
+    }
     let mut out = Outcome { tokens: routing.n_tokens(), ..Outcome::default() };
     let mut since_plan = 0;
     let (mut ids, mut swaps) = (Vec::new(), Vec::new());
@@ -172,7 +182,8 @@ pub fn replay(
             }
             if planning {
                 swaps.clear();
-                let limits = Limits::after(std::mem::take(&mut p.uses_since_plan), routing.header.uses_per_upload);
+                let limits =
+                    Limits::after(std::mem::take(&mut p.uses_since_plan), routing.header.uses_per_upload);
                 p.policy.plan(&p.slots, limits, &mut swaps);
                 for s in &swaps {
                     plan(at, class as u16, s);
@@ -271,7 +282,12 @@ mod tests {
     fn routing(n_layers: u16, n_expert: u16, steps: Vec<Vec<Vec<u16>>>) -> Routing {
         let layer = |il| TraceLayer { il, n_expert, n_used: 2, class: 0 };
         Routing {
-            header: TraceHeader { fingerprint: 0, k: 1, uses_per_upload: 64, layers: (0..n_layers).map(layer).collect() },
+            header: TraceHeader {
+                fingerprint: 0,
+                k: 1,
+                uses_per_upload: 64,
+                layers: (0..n_layers).map(layer).collect(),
+            },
             steps: steps.into_iter().map(|ids| Step { n_tokens: 1, ids }).collect(),
             swaps: vec![],
         }

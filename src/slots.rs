@@ -114,14 +114,16 @@ impl SlotTable {
         action
     }
 
-    /// Slots whose copy may start: no step that began before their retirement is running. `oldest` is
-    /// the begin of the oldest running step. Calls `start(slot, key)` for each.
-    pub fn start_copies(&mut self, oldest: Option<Stamp>, mut start: impl FnMut(u32, Key)) {
+    /// Slots whose copy may start, `most` at most: no step that began before their retirement is running.
+    /// `oldest` is the begin of the oldest running step. Calls `start(slot, key)` for each.
+    pub fn start_copies(&mut self, oldest: Option<Stamp>, most: usize, mut start: impl FnMut(u32, Key)) {
         let slots = &mut self.slots;
+        let mut left = most;
         self.retiring.retain(|&slot| match slots[slot as usize] {
-            Slot::Retiring { next, since } if oldest.is_none_or(|o| o > since) => {
+            Slot::Retiring { next, since } if left > 0 && oldest.is_none_or(|o| o > since) => {
                 slots[slot as usize] = Slot::Copying { key: next, then: None };
                 start(slot, next);
+                left -= 1;
                 false
             }
             _ => true,
@@ -172,7 +174,7 @@ mod tests {
 
     fn started(t: &mut SlotTable, oldest: Option<Stamp>) -> Vec<(u32, Key)> {
         let mut got = Vec::new();
-        t.start_copies(oldest, |s, k| got.push((s, k)));
+        t.start_copies(oldest, usize::MAX, |s, k| got.push((s, k)));
         got
     }
 
@@ -189,6 +191,19 @@ mod tests {
         assert_eq!(started(&mut t, Some(21)), [(0, key(2))]);
         assert_eq!(t.copied(0, true), Action::Publish { key: key(2) });
         assert_eq!(t.in_flight(), 0);
+    }
+
+    #[test]
+    fn copies_over_the_limit_wait_in_the_order_of_their_assignment() {
+        let mut t = SlotTable::new(3);
+        for slot in [2, 0, 1] {
+            t.assign(slot, key(slot as u16), 1);
+        }
+        let mut got = Vec::new();
+        for most in [0, 2, 1, 1] {
+            t.start_copies(None, most, |s, _| got.push(s));
+        }
+        assert_eq!(got, [2, 0, 1]);
     }
 
     #[test]
@@ -218,7 +233,7 @@ mod tests {
         Assign(u32, u16),
         Begin,
         End,
-        Start,
+        Start(usize),
         Copied(bool),
     }
 
@@ -227,7 +242,7 @@ mod tests {
             (0..4u32, 0..12u16).prop_map(|(s, e)| Op::Assign(s, e)),
             Just(Op::Begin),
             Just(Op::End),
-            Just(Op::Start),
+            (0..3usize).prop_map(Op::Start),
             any::<bool>().prop_map(Op::Copied),
         ]
     }
@@ -255,9 +270,11 @@ mod tests {
                     }
                     Op::Begin => steps.push((now, map.values().copied().collect())),
                     Op::End => { steps.pop(); }
-                    Op::Start => {
+                    Op::Start(most) => {
+                        let before = copying.len();
                         let oldest = steps.iter().map(|s| s.0).min();
-                        t.start_copies(oldest, |s, k| copying.push((s, k)));
+                        t.start_copies(oldest, most, |s, k| copying.push((s, k)));
+                        prop_assert!(copying.len() - before <= most);
                         for (slot, _) in &copying {
                             prop_assert!(steps.iter().all(|s| !s.1.contains(slot)), "slot {} is read", slot);
                         }

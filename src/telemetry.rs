@@ -1,6 +1,11 @@
-//! Counters, and how they are shown.
+//! Counters, how they are shown, and the log of single steps.
 
-use std::fmt::{self, Display, Formatter, Write};
+use std::{
+    fmt::{self, Display, Formatter, Write as _},
+    fs::File,
+    io::{self, BufWriter, Write},
+    path::Path,
+};
 
 /// Counters over a span of time.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -121,6 +126,68 @@ impl Display for Stats {
     }
 }
 
+/// One step on the hot path.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Step {
+    /// From its begin, plan included, to its end, in us.
+    pub us: u64,
+    /// Tokens of its ubatch.
+    pub tokens: u32,
+    /// Routed experts that had a slot.
+    pub hits: u64,
+    /// Routed experts that had none.
+    pub misses: u64,
+    /// Copies into slots that were under way when it began.
+    pub copying: usize,
+    /// Time of the plan before it, in us.
+    pub rebalance_us: u64,
+    /// Time JOIN worked or waited for cold experts, in us.
+    pub join_wait_us: u64,
+}
+
+/// A file with a line for each step, for benchmarks: `MOE_HOT_STEP_LOG` names it. A context writes its
+/// lines when it is freed, and other contexts' lines stay.
+pub struct StepLog {
+    steps: Vec<Step>,
+}
+
+impl StepLog {
+    /// A log, if the environment asks for one.
+    pub fn new() -> Option<Self> {
+        std::env::var_os(Self::VARIABLE).map(|_| StepLog { steps: Vec::new() })
+    }
+
+    const VARIABLE: &str = "MOE_HOT_STEP_LOG";
+
+    /// Keeps a step in memory: the disk is no part of what is measured.
+    pub fn add(&mut self, step: Step) {
+        self.steps.push(step);
+    }
+
+    /// Writes what was kept, to the file that the environment names.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn write(&self) -> io::Result<()> {
+        let Some(path) = std::env::var_os(Self::VARIABLE) else { return Ok(()) };
+        self.append_to(Path::new(&path))
+    }
+
+    fn append_to(&self, path: &Path) -> io::Result<()> {
+        let file = File::options().create(true).append(true).open(path)?;
+        let is_new = file.metadata()?.len() == 0;
+        let mut out = BufWriter::new(file);
+        if is_new {
+            writeln!(out, "step_us,tokens,hits,misses,copying,rebalance_us,join_wait_us")?;
+        }
+        for s in &self.steps {
+            let Step { us, tokens, hits, misses, copying, rebalance_us, join_wait_us } = s;
+            writeln!(out, "{us},{tokens},{hits},{misses},{copying},{rebalance_us},{join_wait_us}")?;
+        }
+        out.flush()
+    }
+}
+
 fn ratio(a: u64, b: u64) -> f64 {
     if b == 0 { 0.0 } else { a as f64 / b as f64 }
 }
@@ -133,6 +200,21 @@ mod tests {
     fn ratios_of_nothing_are_zero() {
         let s = Stats::default();
         assert_eq!((s.hit_rate(), s.cold_per_token(), s.hits_per_upload()), (0.0, 0.0, 0.0));
+    }
+
+    #[test]
+    fn the_steps_of_several_contexts_go_to_one_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("steps.csv");
+        for us in [7, 8] {
+            let mut log = StepLog { steps: Vec::new() };
+            log.add(Step { us, tokens: 1, misses: 3, ..Step::default() });
+            log.append_to(&path).unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let expected =
+            "step_us,tokens,hits,misses,copying,rebalance_us,join_wait_us\n7,1,0,3,0,0,0\n8,1,0,3,0,0,0\n";
+        assert_eq!(text, expected);
     }
 
     #[test]

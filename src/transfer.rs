@@ -14,6 +14,8 @@ use std::{
 
 use parking_lot::Mutex;
 
+use crate::fault;
+
 /// Bytes to move from one place to another.
 #[derive(Clone, Copy, Debug)]
 pub struct Move {
@@ -116,6 +118,10 @@ impl Drop for Transfer {
 
 fn run(orders: &Receiver<Order>, reports: &Mutex<Vec<Report>>, mut copier: impl Copier) {
     for order in orders {
+        if fault::strikes("copy") {
+            reports.lock().push(Report { id: order.id, result: Err("a fault was injected".into()) });
+            continue;
+        }
         let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| copier.copy(&order)));
         let result = copied.unwrap_or_else(|_| Err("the copy panicked".into()));
         reports.lock().push(Report { id: order.id, result });

@@ -23,18 +23,29 @@ use std::{
 };
 
 use super::kernel::{Layer, Matrix};
+use crate::fault;
 use crate::mailbox::{MAX_UNITS, Mailbox, Remote};
 
 /// Rows are cut at multiples of this many elements: vector body and scalar tail of ggml's activations
-/// round differently, so a chunk must start where the body does.
-const ROW_ALIGN: usize = 64;
-/// Weight bytes a unit should read: long enough to amortise a claim, short enough that no thread
-/// waits long for a straggler.
-const UNIT_BYTES: usize = 8 << 10;
+/// round differently, so a chunk must start where the body does. An AVX-512 register holds 16 floats,
+/// the longest of SVE 64.
+const ROW_ALIGN: usize = if cfg!(target_arch = "x86_64") { 16 } else { 64 };
+/// Weight bytes a unit should read, some 7 us of a core: long enough to amortise a claim that many
+/// threads compete for, short enough that 16 threads share two experts evenly.
+const UNIT_BYTES: usize = 32 << 10;
 /// How long a unit of a device's request may go on after the device has gone on without it.
 const REPORT_BOUND: Duration = Duration::from_secs(1);
 /// Spins between two looks at the clock (or a yield) while waiting.
 const SPINS: u32 = 256;
+
+/// How long JOIN, and a unit, waits for other threads before the step fails. A layer's cold experts take
+/// milliseconds; this is for a worker that died, not for a slow one.
+const JOIN_BOUND: Duration = Duration::from_secs(10);
+
+/// [`JOIN_BOUND`], shorter in tests.
+pub fn join_bound() -> Duration {
+    fault::armed("bound").map_or(JOIN_BOUND, Duration::from_millis)
+}
 
 /// A routed expert without a slot.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -276,7 +287,7 @@ impl Engine {
         // The device may post as soon as it has the last answer, before the thread that gave it has
         // reported its unit. Only after a request that was given up does this take longer.
         let start = Instant::now();
-        while self.mailbox.done() != self.total.load(Ordering::Relaxed) && start.elapsed() < REPORT_BOUND {
+        while !self.is_idle() && start.elapsed() < REPORT_BOUND {
             std::thread::yield_now();
         }
         if self.begin(layer, n_tokens, rows) {
@@ -292,7 +303,7 @@ impl Engine {
 
     /// Writes a request, to be opened by `open`; false when a thread still works on the one before.
     fn begin(&self, layer: usize, n_tokens: usize, rows: impl Iterator<Item = ColdRow>) -> bool {
-        let idle = self.mailbox.done() == self.total.load(Ordering::Relaxed);
+        let idle = self.is_idle();
         self.open.store(idle, Ordering::Relaxed);
         if !idle {
             return false;
@@ -345,6 +356,11 @@ impl Engine {
         self.mailbox.post(epoch, total as u32);
     }
 
+    /// Whether no thread works on a request, not even on one that was given up.
+    pub fn is_idle(&self) -> bool {
+        self.mailbox.done() == self.total.load(Ordering::Relaxed)
+    }
+
     /// Claims and computes units until there are none left; false when there was none.
     pub fn run(&self) -> bool {
         self.take_remote();
@@ -355,7 +371,7 @@ impl Engine {
             // SAFETY: the claim makes the request readable until `unit_done`.
             let req = unsafe { &*self.request.get() };
             let unit = claim.unit as usize;
-            if catch_unwind(AssertUnwindSafe(|| self.unit(req, unit))).is_err() {
+            if !catch_unwind(AssertUnwindSafe(|| self.unit(req, unit))).unwrap_or(false) {
                 self.mailbox.unit_failed();
                 self.release_dependents(req, unit);
             }
@@ -408,18 +424,24 @@ impl Engine {
         unsafe { std::slice::from_raw_parts(self.out.f32(row), n_embd) }
     }
 
-    fn unit(&self, req: &Request, unit: usize) {
+    /// Computes a unit; false when what it needs does not come.
+    fn unit(&self, req: &Request, unit: usize) -> bool {
+        if unit == 0 {
+            fault::in_unit();
+        }
         let layer = &self.layers[req.layer];
         if unit < req.convert_units {
             self.convert(layer, unit);
             self.tokens_ready.fetch_add(1, Ordering::Release);
-            return;
+            return true;
         }
         let unit = unit - req.convert_units;
         let up_units = req.groups.len() * req.up_chunks;
         if unit < up_units {
             let (g, chunk) = (unit / req.up_chunks, unit % req.up_chunks);
-            wait_for(&self.tokens_ready, req.convert_units as u32);
+            if !self.wait_for(&self.tokens_ready, req.convert_units as u32) {
+                return false;
+            }
             self.hidden_rows(layer, req, g, chunk);
             if self.up_done[g].fetch_add(1, Ordering::AcqRel) + 1 == req.up_chunks as u32 {
                 self.convert_hidden(layer, req, g);
@@ -428,12 +450,36 @@ impl Engine {
         } else {
             let unit = unit - up_units;
             let (g, chunk) = (unit / req.down_chunks, unit % req.down_chunks);
-            wait_for(&self.hidden_ready[g], 1);
+            if !self.wait_for(&self.hidden_ready[g], 1) {
+                return false;
+            }
             self.output_rows(layer, req, g, chunk);
         }
+        true
     }
 
-    /// A unit that panicked still counts as done for those that wait for it; the request as a whole
+    /// Waits until `counter` reaches `target`; false when it does not, because of a thread that is stuck or of a
+    /// unit that failed. Whoever brings it there has claimed its unit and is running.
+    fn wait_for(&self, counter: &AtomicU32, target: u32) -> bool {
+        let mut since = None;
+        let mut spins = 0u32;
+        while counter.load(Ordering::Acquire) < target {
+            spins = spins.wrapping_add(1);
+            if spins.is_multiple_of(SPINS) {
+                let since: &mut Instant = since.get_or_insert_with(Instant::now);
+                if self.mailbox.has_failed() || since.elapsed() > join_bound() {
+                    return false;
+                }
+                // more threads than cores: let the one we wait for run
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+        true
+    }
+
+    /// A unit that failed still counts as done for those that wait for it; the request as a whole
     /// is marked failed, so nobody reads its rows.
     fn release_dependents(&self, req: &Request, unit: usize) {
         if unit < req.convert_units {
@@ -479,6 +525,7 @@ impl Engine {
         let project = |m: &Matrix, offset: usize, out: &Rows| {
             for r in first..end {
                 let weights = m.row(group.expert, offset + r);
+                m.prefetch(group.expert, offset + r, offset + end);
                 for row in rows {
                     let act = self.act_row(m, row.token as usize);
                     // SAFETY: expert and row are in range, the activation is converted for `m`
@@ -529,6 +576,7 @@ impl Engine {
         let end = (first + req.down_rows).min(m.n_out);
         for r in first..end {
             let weights = m.row(group.expert, r);
+            m.prefetch(group.expert, r, end);
             for row in &req.rows[group.first..group.end] {
                 let row = row.row as usize;
                 let act = if m.from_float.is_some() { self.hidden_conv.at(row) } else { self.hidden.at(row) };
@@ -543,18 +591,4 @@ impl Engine {
 fn chunk(n: usize, row_bytes: usize) -> (usize, usize) {
     let rows = (UNIT_BYTES / row_bytes.max(1)).next_multiple_of(ROW_ALIGN).max(ROW_ALIGN);
     (rows, n.div_ceil(rows))
-}
-
-/// Waits until `counter` reaches `target`. Whoever brings it there has claimed its unit and is running.
-fn wait_for(counter: &AtomicU32, target: u32) {
-    let mut spins = 0u32;
-    while counter.load(Ordering::Acquire) < target {
-        spins = spins.wrapping_add(1);
-        if spins.is_multiple_of(SPINS) {
-            // more threads than cores: let the one we wait for run
-            std::thread::yield_now();
-        } else {
-            std::hint::spin_loop();
-        }
-    }
 }

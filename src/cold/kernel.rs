@@ -49,6 +49,19 @@ impl Matrix {
         self.data.wrapping_add(expert * self.expert_bytes + row * self.row_bytes)
     }
 
+    /// Asks for the weights [`PREFETCH_BYTES`] behind `row` of `expert`, up to row `end`: a thread reads them
+    /// one row after the other, but rows cross pages, where the hardware's own prefetch stops.
+    #[inline]
+    pub fn prefetch(&self, expert: usize, row: usize, end: usize) {
+        let ahead = row + PREFETCH_BYTES.div_ceil(self.row_bytes);
+        if ahead < end {
+            let first = self.row(expert, ahead);
+            for line in (0..self.row_bytes).step_by(LINE) {
+                prefetch_line(first.wrapping_add(line));
+            }
+        }
+    }
+
     /// `out[0] = row . act`.
     ///
     /// # Safety
@@ -58,6 +71,22 @@ impl Matrix {
         // SAFETY: the caller vouches for the rows, the bridge for a `vec_dot` that fits the type.
         unsafe { (self.vec_dot)(self.n_in as c_int, out, 0, weights.cast(), 0, act.cast(), 0, 1) }
     }
+}
+
+/// Distance of a prefetch: what a core reads from memory while a line is on its way.
+const PREFETCH_BYTES: usize = 3 << 10;
+/// A cache line.
+const LINE: usize = 64;
+
+#[inline]
+fn prefetch_line(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint that reads nothing, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// What lies between the first and the last projection.
@@ -75,7 +104,7 @@ impl Activation {
     /// Applies the activation to `n` elements: `gate` is read and overwritten with the result.
     ///
     /// ggml runs a vector body and a scalar tail that round differently, so a part of a row gives the
-    /// bits of the whole row only if it starts at a multiple of 64 elements; the engine cuts rows so.
+    /// bits of the whole row only if it starts where a vector does; the engine cuts rows so.
     ///
     /// # Safety
     /// `x` is valid for `n` reads and writes; `up` for `n` reads when the activation is gated.

@@ -11,6 +11,6 @@ pub mod engine;
 pub mod kernel;
 pub mod pool;
 
-pub use engine::{ColdRow, Engine, EngineError};
+pub use engine::{ColdRow, Engine, EngineError, join_bound};
 pub use kernel::{Activation, Layer, Matrix};
 pub use pool::WorkerPool;

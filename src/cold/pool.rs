@@ -15,10 +15,13 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 use super::engine::Engine;
+use crate::log::{Level, log};
 
 /// How long a worker spins without work after the last step ended. Sampling, tokenising and the
 /// server's own loop fit into it, so that decode finds its workers awake.
 const LINGER: Duration = Duration::from_millis(2);
+/// How long the end of a pool waits for a worker that is stuck in a unit.
+const END_BOUND: Duration = Duration::from_secs(5);
 /// A pause takes up to 140 cycles, and a request waits for the next look.
 const SPINS_PER_LOOK: u32 = 4;
 
@@ -116,9 +119,18 @@ impl Drop for WorkerPool {
             let _parked = self.state.parked.lock();
             self.state.wake.notify_all();
         }
+        let start = Instant::now();
+        while self.threads.iter().any(|t| !t.is_finished()) && start.elapsed() < END_BOUND {
+            std::thread::sleep(Duration::from_micros(100));
+        }
         for t in self.threads.drain(..) {
-            // a worker catches what its units throw; there is nothing to hand on
-            let _ = t.join();
+            if t.is_finished() {
+                // a worker catches what its units throw; there is nothing to hand on
+                let _ = t.join();
+            } else {
+                let name = t.thread().name().unwrap_or_default().to_string();
+                log!(Level::Error, "moe-hot: worker {name} does not end, it is left behind");
+            }
         }
     }
 }

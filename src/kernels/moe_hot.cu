@@ -155,22 +155,20 @@ extern "C" __global__ void __launch_bounds__(256) moe_hot_join(
         const uint64_t start = now_ns();
         uint32_t answer = load_from_host(port.answers + row*ANSWER_STRIDE);
         uint64_t waited = 0;
-        bool     gave_up = false;
-        for (int polls = 1; (answer & ~FAILED_BIT) != epoch; polls++) {
+        bool     late   = false;
+        bool     others = false; // another row has failed already
+        for (int polls = 1; (answer & ~FAILED_BIT) != epoch && !late && !others; polls++) {
             if (polls % POLLS == 0) {
-                waited  = now_ns() - start;
-                gave_up = waited > port.bound_ns || *(volatile uint32_t *) port.gave_up != 0;
-                if (gave_up) {
-                    break;
-                }
+                waited = now_ns() - start;
+                late   = waited > port.bound_ns;
+                others = *(volatile uint32_t *) port.gave_up != 0;
             }
             answer = load_from_host(port.answers + row*ANSWER_STRIDE);
         }
-        ready = !gave_up && answer == epoch;
-        if (!ready) {
+        ready = answer == epoch;
+        if (!ready && !others) {
+            *(volatile uint32_t *) port.error   = late ? 1 : 2;
             *(volatile uint32_t *) port.gave_up = 1;
-            // the first reason stays as far as the CPU is concerned: it reads the mark after the step
-            *(volatile uint32_t *) port.error = gave_up ? 1 : 2;
         }
         uint32_t * wait_ns = (uint32_t *) (usage + 1) + port.max_rows;
         waited = now_ns() - start;

@@ -76,6 +76,14 @@ impl Limits {
     }
 }
 
+/// All experts of layers with `n_expert` experts each.
+pub fn all_keys(n_expert: impl Iterator<Item = usize>) -> Vec<Key> {
+    let layer = |(layer, n): (usize, usize)| {
+        (0..n).map(move |expert| Key { layer: layer as u16, expert: expert as u16 })
+    };
+    n_expert.enumerate().flat_map(layer).collect()
+}
+
 /// One expert takes a slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Swap {

@@ -18,6 +18,8 @@ fn main() {
         .clang_arg(format!("-I{}", include.display()))
         .clang_arg(format!("-I{}", root.join("llama.cpp/ggml/include").display()))
         .allowlist_function("llama_.*")
+        // found through libllama, which depends on the library that has it
+        .allowlist_function("ggml_backend_cpu_buffer_type")
         .allowlist_type("ggml_log_level")
         .dynamic_library_name("Llama")
         .default_enum_style(bindgen::EnumVariation::Consts)

@@ -6,7 +6,7 @@ use cudarc::driver::sys::{self, CUdeviceptr, CUevent};
 
 use super::{
     driver::{CudaError, Device, Stream, cu},
-    memory::Pinned,
+    memory::{Piece, Pinned, Registration},
 };
 use crate::transfer::{Copier, Order};
 
@@ -15,11 +15,12 @@ const HALVES: usize = 2;
 /// Bytes of a half.
 const HALF: usize = 4 << 20;
 
-/// The copier of a device. Sources that the driver knows are copied from where they are, others go
-/// through a pinned ring.
+/// The copier of a device. What the driver knows is copied from where it is, the rest goes through a pinned
+/// ring.
 pub struct CudaCopier {
     stream: Stream,
     done: CUevent,
+    sources: Arc<Registration>,
     staging: Option<Staging>,
     bound: bool,
 }
@@ -36,30 +37,48 @@ unsafe impl Send for CudaCopier {}
 fn event() -> Result<CUevent, CudaError> {
     let mut e = ptr::null_mut();
     // the copy thread sleeps while it waits: spinning would take a core from the workers
-    let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32 | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+    let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32
+        | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
     cu!(cuEventCreate(&mut e, flags))?;
     Ok(e)
 }
 
 impl CudaCopier {
-    /// `staged`: some sources are unknown to the driver.
+    /// A copier from `sources`, which stay registered while it lives, and from other memory.
     ///
     /// # Errors
     /// As the driver says.
-    pub fn new(device: &Arc<Device>, staged: bool) -> Result<Self, CudaError> {
+    pub fn new(device: &Arc<Device>, sources: Arc<Registration>) -> Result<Self, CudaError> {
         let stream = Stream::new(device.clone(), true)?;
-        let mut copier = CudaCopier { stream, done: event()?, staging: None, bound: false };
-        if staged {
-            let memory = Pinned::new(device.clone(), HALVES * HALF)?;
-            copier.staging = Some(Staging { memory, free: [event()?, event()?], next: 0 });
-        }
-        Ok(copier)
+        Ok(CudaCopier { stream, done: event()?, sources, staging: None, bound: false })
     }
 
-    fn enqueue(&mut self, mut src: *const u8, mut dst: CUdeviceptr, mut bytes: usize) -> Result<(), CudaError> {
-        let Some(s) = &mut self.staging else {
-            return cu!(cuMemcpyHtoDAsync_v2(dst, src.cast(), bytes, self.stream.raw()));
-        };
+    fn enqueue(
+        &mut self,
+        mut src: *const u8,
+        mut dst: CUdeviceptr,
+        mut bytes: usize,
+    ) -> Result<(), CudaError> {
+        while bytes > 0 {
+            let piece = self.sources.piece(src as usize, bytes);
+            let (Piece::Direct(n) | Piece::Staged(n)) = piece;
+            match piece {
+                Piece::Direct(_) => cu!(cuMemcpyHtoDAsync_v2(dst, src.cast(), n, self.stream.raw()))?,
+                Piece::Staged(_) => self.stage(src, dst, n)?,
+            }
+            src = src.wrapping_add(n);
+            dst += n as u64;
+            bytes -= n;
+        }
+        Ok(())
+    }
+
+    fn stage(&mut self, mut src: *const u8, mut dst: CUdeviceptr, mut bytes: usize) -> Result<(), CudaError> {
+        if self.staging.is_none() {
+            let memory = Pinned::new(self.stream.device().clone(), HALVES * HALF)?;
+            self.staging = Some(Staging { memory, free: [event()?, event()?], next: 0 });
+        }
+        let s = self.staging.as_mut().expect("made above");
         while bytes > 0 {
             let n = bytes.min(HALF);
             let half = s.next;

@@ -5,9 +5,8 @@ use std::{ffi::c_void, ptr, sync::Arc};
 use cudarc::driver::sys::{self, CUdeviceptr, CUmemAccessDesc, CUmemAllocationProp, CUresult};
 
 use super::driver::{CudaError, Device, check, cu};
+use crate::fault;
 
-/// Page size of the host, to which registrations are rounded.
-const PAGE: usize = 4096;
 /// ggml may clear or read a little behind a tensor whose rows do not fill a multiple of 512 elements.
 const TAIL: usize = 4096;
 
@@ -28,6 +27,9 @@ impl VideoMemory {
     /// The driver's, above all when there is no memory; nothing stays allocated then.
     pub fn new(device: Arc<Device>, bytes: usize) -> Result<Self, CudaError> {
         device.bind()?;
+        if fault::strikes_once("alloc") {
+            check("cuMemCreate", CUresult::CUDA_ERROR_OUT_OF_MEMORY)?;
+        }
         let properties = properties(&device);
         let mut granularity = 0;
         cu!(cuMemGetAllocationGranularity(
@@ -160,19 +162,28 @@ impl Drop for Pinned {
     }
 }
 
-/// Host memory that others own, made known to the driver so that copies from it need no staging.
+/// Host memory that others own and the device reads in place.
 pub struct Registration {
     device: Arc<Device>,
-    ranges: Vec<(usize, usize)>,
+    /// First byte and size of what can be read in one piece, sorted; no two overlap.
+    ranges: Vec<Range>,
 }
 
-/// How a range became readable for the device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Reach {
-    /// We registered it.
-    Registered,
-    /// It was pinned already, by whoever allocated it.
-    Pinned,
+struct Range {
+    start: usize,
+    bytes: usize,
+    /// We registered it, else whoever allocated it.
+    ours: bool,
+}
+
+/// The longest start of some bytes that can be copied in one way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Piece {
+    /// The device reads this many bytes in place.
+    Direct(usize),
+    /// These must be staged.
+    Staged(usize),
 }
 
 impl Registration {
@@ -182,26 +193,13 @@ impl Registration {
     }
 
     /// Registers the pages of `bytes` bytes at `first`; they are only read.
-    ///
-    /// # Errors
-    /// The driver refuses, or the limit of locked memory is reached.
-    pub fn add(&mut self, first: *const u8, bytes: usize) -> Result<Reach, CudaError> {
-        self.device.bind()?;
-        let mut kind = 0u32;
-        let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-        let known = cu!(cuPointerGetAttribute(
-            ptr::from_mut(&mut kind).cast::<c_void>(),
-            attribute,
-            first as CUdeviceptr
-        ));
-        if known.is_ok() && kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32 {
-            return Ok(Reach::Pinned);
+    fn add(&mut self, first: usize, bytes: usize) -> Result<(), CudaError> {
+        if fault::strikes("register") {
+            check("cuMemHostRegister", CUresult::CUDA_ERROR_OUT_OF_MEMORY)?;
         }
-        let start = first as usize / PAGE * PAGE;
-        let size = (first as usize + bytes).next_multiple_of(PAGE) - start;
         let register = |flags| {
             // SAFETY: the range is the caller's, who keeps it until we are dropped.
-            unsafe { sys::cuMemHostRegister_v2(start as *mut c_void, size, flags) }
+            unsafe { sys::cuMemHostRegister_v2(first as *mut c_void, bytes, flags) }
         };
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // a mapped file cannot be written to; not every platform knows the flag
@@ -210,44 +208,125 @@ impl Registration {
             status = register(flags);
         }
         check("cuMemHostRegister", status)?;
-        self.ranges.push((start, size));
-        Ok(Reach::Registered)
+        self.ranges.push(Range { start: first, bytes, ours: true });
+        Ok(())
     }
 
-    /// Registers `ranges` of first byte and size, sorted. Neighbours that share a page or touch become one
-    /// registration: no page can be registered twice.
+    /// Whether somebody has pinned the memory at `first` already.
+    fn is_pinned(first: usize) -> Result<bool, CudaError> {
+        // asked for several at once, the driver has an answer for memory that it does not know: 0
+        let mut kind = 0u32;
+        let mut attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        let mut value = ptr::from_mut(&mut kind).cast::<c_void>();
+        cu!(cuPointerGetAttributes(1, &mut attribute, &mut value, first as CUdeviceptr))?;
+        Ok(kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32)
+    }
+
+    /// Registers `ranges` of first byte and size, sorted, one after the other; `progress` hears before each how
+    /// many bytes are done and how many come next. A range is a tensor, or several: ggml copies parts of tensors to
+    /// the device, and the driver refuses a copy that begins in one registration and ends behind it.
     ///
     /// # Errors
-    /// The first that the driver refuses; the rest is not tried.
-    pub fn add_all(&mut self, ranges: &[(usize, usize)]) -> Result<(), CudaError> {
-        let mut merged: Vec<(usize, usize)> = Vec::new();
-        for &(first, bytes) in ranges {
-            match merged.last_mut() {
-                Some((start, end)) if first / PAGE * PAGE < end.next_multiple_of(PAGE) + 1 => {
-                    *end = (*end).max(first + bytes);
-                    debug_assert!(*start <= first);
-                }
-                _ => merged.push((first, first + bytes)),
+    /// The first that the driver refuses, or that the limit of locked memory does not allow; the rest is not
+    /// tried, and what is registered stays so.
+    pub fn add_all(
+        &mut self,
+        ranges: &[(usize, usize)],
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<(), CudaError> {
+        self.device.bind()?;
+        let mut done = 0;
+        for (start, bytes) in merge(ranges, page_bytes()) {
+            if Self::is_pinned(start)? {
+                self.ranges.push(Range { start, bytes, ours: false });
+            } else {
+                progress(done, bytes);
+                self.add(start, bytes)?;
             }
-        }
-        for (start, end) in merged {
-            self.add(start as *const u8, end - start)?;
+            done += bytes;
         }
         Ok(())
     }
 
+    /// How the first of `bytes` bytes at `first` get to the device.
+    pub fn piece(&self, first: usize, bytes: usize) -> Piece {
+        piece(&self.ranges, first, bytes)
+    }
+
     /// Bytes that we have registered.
     pub fn bytes(&self) -> usize {
-        self.ranges.iter().map(|r| r.1).sum()
+        self.ranges.iter().filter(|r| r.ours).map(|r| r.bytes).sum()
     }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
-            for (start, _) in self.ranges.drain(..) {
-                let _ = cu!(cuMemHostUnregister(start as *mut c_void));
+            for r in self.ranges.drain(..).filter(|r| r.ours) {
+                let _ = cu!(cuMemHostUnregister(r.start as *mut c_void));
             }
         }
+    }
+}
+
+fn page_bytes() -> usize {
+    // SAFETY: has no preconditions.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+/// The whole pages of `ranges`, which are sorted. Neighbours that touch or share a page become one: no page
+/// can be registered twice.
+fn merge(ranges: &[(usize, usize)], page: usize) -> Vec<(usize, usize)> {
+    let mut out: Vec<(usize, usize)> = Vec::new();
+    for &(first, bytes) in ranges {
+        let (start, end) = (first / page * page, (first + bytes).next_multiple_of(page));
+        match out.last_mut() {
+            Some((s, n)) if start <= *s + *n => *n = (*n).max(end - *s),
+            _ => out.push((start, end - start)),
+        }
+    }
+    out
+}
+
+fn piece(ranges: &[Range], first: usize, bytes: usize) -> Piece {
+    let next = ranges.partition_point(|r| r.start <= first);
+    let inside = next.checked_sub(1).map(|i| ranges[i]).filter(|r| first < r.start + r.bytes);
+    match (inside, ranges.get(next)) {
+        // the driver copies from one registration at a time
+        (Some(r), _) => Piece::Direct(bytes.min(r.start + r.bytes - first)),
+        (None, Some(r)) => Piece::Staged(bytes.min(r.start - first)),
+        (None, None) => Piece::Staged(bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_share_a_page_are_registered_once() {
+        let page = 100;
+        let ranges = [(10, 50), (120, 30), (199, 2), (400, 100), (500, 1), (700, 300)];
+        assert_eq!(merge(&ranges, page), [(0, 300), (400, 200), (700, 300)]);
+        assert_eq!(merge(&[(0, 1000), (200, 10)], page), [(0, 1000)]);
+        assert_eq!(merge(&[], page), []);
+    }
+
+    #[test]
+    fn a_copy_is_cut_where_registrations_meet_and_end() {
+        let range = |start, bytes| Range { start, bytes, ours: true };
+        let ranges = [range(100, 50), range(150, 50), range(300, 10)];
+        let mut pieces = Vec::new();
+        let (mut at, end) = (90, 320);
+        while at < end {
+            let p = piece(&ranges, at, end - at);
+            let (Piece::Direct(n) | Piece::Staged(n)) = p;
+            pieces.push(p);
+            at += n;
+        }
+        use Piece::{Direct, Staged};
+        assert_eq!(pieces, [Staged(10), Direct(50), Direct(50), Staged(100), Direct(10), Staged(10)]);
+        assert_eq!(piece(&ranges, 120, 5), Direct(5));
+        assert_eq!(piece(&[], 120, 5), Staged(5));
     }
 }

@@ -15,6 +15,6 @@ pub const MAX_TOKENS: u32 = 8;
 
 pub use copier::CudaCopier;
 pub use driver::{CudaError, Device, Stream, kernels_built};
-pub use memory::{Pinned, Registration, VideoMemory};
+pub use memory::{Piece, Pinned, Registration, VideoMemory};
 pub use node::{dispatch, join};
 pub use port::{Fault, Port, PortShape};

@@ -1,11 +1,7 @@
 //! Enqueues the kernels of the two nodes. Called when ggml enqueues a node: eagerly, or once for a graph
 //! that is replayed from then on.
 
-use std::{
-    ffi::c_void,
-    ptr,
-    time::Duration,
-};
+use std::{ffi::c_void, ptr, time::Duration};
 
 use cudarc::driver::sys::{self, CUdeviceptr, CUfunction, CUlaunchAttribute, CUlaunchConfig, CUstream};
 
@@ -67,7 +63,8 @@ pub unsafe fn dispatch(
     // SAFETY: the bridge gives both sources.
     let (cur, selected) = unsafe { (&*dst.src[0], &*dst.src[1]) };
     let kernel_port = port.kernel_port(bound);
-    let (usage, map, layer): (CUdeviceptr, CUdeviceptr, u32) = (port.usage(layer), port.map(layer), layer as u32);
+    let (usage, map, layer): (CUdeviceptr, CUdeviceptr, u32) =
+        (port.usage(layer), port.map(layer), layer as u32);
     let (cur_stride, n_embd) = ((cur.nb[2] / size_of::<f32>()) as u32, cur.ne[0] as u32);
     let selected_stride = (selected.nb[1] / size_of::<i32>()) as u32;
     let (n_used, n_tokens) = (selected.ne[0] as u32, selected.ne[1] as u32);

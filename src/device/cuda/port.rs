@@ -252,9 +252,8 @@ impl Port {
         let n = self.shape.n_expert;
         for layer in 0..self.shape.n_layers {
             // SAFETY: the shadow holds a map of `n` entries a layer, and the last copy has ended.
-            let map = unsafe {
-                std::slice::from_raw_parts_mut(self.shadow.host().cast::<i32>().add(layer * n), n)
-            };
+            let map =
+                unsafe { std::slice::from_raw_parts_mut(self.shadow.host().cast::<i32>().add(layer * n), n) };
             fill(layer, map);
         }
         let bytes = self.shape.n_layers * n * size_of::<i32>();
@@ -271,7 +270,8 @@ impl Port {
         let mut waited = Duration::ZERO;
         let max_rows = self.shape.max_tokens * self.shape.n_used;
         for layer in 0..self.shape.n_layers {
-            let record = self.shared.host().wrapping_add(self.layout.usage + layer * self.layout.usage_stride);
+            let record =
+                self.shared.host().wrapping_add(self.layout.usage + layer * self.layout.usage_stride);
             let header = record.cast::<UsageHeader>();
             // SAFETY: the record is in the shared memory, and the kernels that write it have ended.
             let n_rows = unsafe { ptr::read_volatile(&raw const (*header).n_rows) } as usize;

@@ -10,7 +10,10 @@ use std::{
     marker::PhantomData,
     path::Path,
     ptr,
-    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use crate::{paths, sys};
@@ -137,7 +140,12 @@ pub struct LoadOptions {
     /// Lets ggml repack weights for its fastest kernels. Off by default: repacked weights give other last
     /// bits, and the cache keeps experts as they are.
     pub repack: bool,
+    /// All layers on the GPU, their experts in host memory. The build must be one for CUDA.
+    pub gpu: bool,
 }
+
+/// What `--cpu-moe` keeps in host memory.
+const EXPERTS: &CStr = c"\\.ffn_(up|down|gate|gate_up)_exps";
 
 impl Exclusive {
     /// Sets an option of the expert cache, `None`: back to the environment or the default.
@@ -208,7 +216,7 @@ impl Exclusive {
         std::mem::take(&mut log().lines)
     }
 
-    /// Loads a model into host memory.
+    /// Loads a model.
     ///
     /// # Errors
     /// The end of the log.
@@ -217,9 +225,19 @@ impl Exclusive {
         let mut no_devices = [ptr::null_mut()];
         // SAFETY: the function has no preconditions.
         let mut params = unsafe { self.api.llama_model_default_params() };
-        params.devices = no_devices.as_mut_ptr();
-        params.n_gpu_layers = 0;
         params.use_extra_bufts = options.repack;
+        // SAFETY: the function has no preconditions.
+        let host = unsafe { self.api.ggml_backend_cpu_buffer_type() };
+        let experts = sys::llama_model_tensor_buft_override { pattern: EXPERTS.as_ptr(), buft: host };
+        let end = sys::llama_model_tensor_buft_override { pattern: ptr::null(), buft: ptr::null_mut() };
+        let overrides = [experts, end];
+        if options.gpu {
+            params.n_gpu_layers = 999;
+            params.tensor_buft_overrides = overrides.as_ptr();
+        } else {
+            params.devices = no_devices.as_mut_ptr();
+            params.n_gpu_layers = 0;
+        }
         // SAFETY: what the parameters point to lives through the call.
         let model = unsafe { self.api.llama_model_load_from_file(file.as_ptr(), params) };
         if model.is_null() {
@@ -490,6 +508,17 @@ impl Context<'_> {
             self.api.llama_set_adapters_lora(self.ctx, raw.as_mut_ptr(), raw.len(), scales.as_mut_ptr())
         };
         assert_eq!(status, 0, "llama_set_adapters_lora");
+    }
+
+    /// Lets `abort` decide, again and again, whether a decode that runs is given up; `None`: never.
+    pub fn set_abort(&mut self, abort: Option<&'static AtomicBool>) {
+        unsafe extern "C" fn asked(data: *mut c_void) -> bool {
+            // SAFETY: `set_abort` passes a static.
+            unsafe { &*data.cast::<AtomicBool>() }.load(Ordering::Relaxed)
+        }
+        let data = abort.map_or(ptr::null_mut(), |a| ptr::from_ref(a).cast_mut().cast());
+        // SAFETY: the context is valid, and what the callback looks at is never freed.
+        unsafe { self.api.llama_set_abort_callback(self.ctx, abort.map(|_| asked as _), data) };
     }
 
     /// Forgets all sequences.

@@ -31,7 +31,7 @@ fn warnings(llama: &Exclusive, model: &str, hot: &Hot) -> (Vec<String>, Option<S
 }
 
 fn k(k: u32) -> Hot {
-    Hot { k, interval: 40, ..Hot::default() }
+    Hot { k, interval: 4, ..Hot::default() }
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn what_is_active_is_said_in_one_line() {
         status.as_deref(),
         Some(
             "moe-hot: requested K = 12, active: 48 slots for 128 experts in host memory (0.75 MiB, 2 classes), \
-             4 of 4 MoE layers, policy decay, rebalance interval 40 tokens, ubatches up to 7 tokens, 2 workers"
+             4 of 4 MoE layers, policy decay, rebalance interval 4 tokens, ubatches up to 7 tokens, 2 workers"
         )
     );
 }
@@ -173,7 +173,9 @@ fn an_adapter_on_experts_is_said_once_a_layer() {
 #[test]
 fn experts_that_were_repacked_before_are_said() {
     let llama = llama();
-    let model = llama.load(&models::named("qwen3moe-Q4_0").file, LoadOptions { repack: true }).unwrap();
+    let model = llama
+        .load(&models::named("qwen3moe-Q4_0").file, LoadOptions { repack: true, ..LoadOptions::default() })
+        .unwrap();
     let repacked = llama.take_log().iter().any(|l| l.text.contains("CPU_REPACK"));
     llama.hot(&k(6));
     let ctx = model.context(ContextOptions::default()).unwrap();
@@ -196,7 +198,9 @@ fn experts_that_were_repacked_before_are_said() {
     drop(model);
 
     // with the option set first, they are loaded as they are
-    let model = llama.load(&models::named("qwen3moe-Q4_0").file, LoadOptions { repack: true }).unwrap();
+    let model = llama
+        .load(&models::named("qwen3moe-Q4_0").file, LoadOptions { repack: true, ..LoadOptions::default() })
+        .unwrap();
     assert!(model.context(ContextOptions::default()).unwrap().status().is_some());
 }
 

@@ -4,11 +4,22 @@
 //! ```text
 //! llama-probe graph MODEL N...   the nodes and splits of the graphs of ubatches of N tokens
 //! llama-probe logits MODEL       a checksum of every position's logits, and a greedy continuation
+//! llama-probe retry MODEL N      checksums of N tokens, each decoded again as long as decoding it fails; on stderr
+//!                                what failed, what was warned of, and how many tokens took the slots
+//! llama-probe contexts MODEL K [gpu]
+//!                                contexts that share the slots, come, go and are aborted while experts are swapped:
+//!                                how far the output is from that without slots, as KL divergence
 //! ```
 
-use std::{path::Path, process::ExitCode};
+use std::{
+    path::Path,
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
-use llama_tests::{ContextOptions, Input, Llama, LoadOptions, Logits, Model, schedule::Schedule};
+use llama_tests::{
+    Context, ContextOptions, Exclusive, Input, Llama, LoadOptions, Logits, Model, schedule::Schedule,
+};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -16,7 +27,16 @@ fn main() -> ExitCode {
     let result = match args[..] {
         ["graph", model, ref sizes @ ..] => graph(Path::new(model), sizes),
         ["logits", model] => logits(Path::new(model)),
-        _ => Err("usage: llama-probe graph MODEL N... | llama-probe logits MODEL".into()),
+        ["retry", model, n] => {
+            n.parse().map_err(|_| format!("'{n}' is no number")).and_then(|n| retry(Path::new(model), n))
+        }
+        ["contexts", model, k, ref gpu @ ..] if gpu.is_empty() || *gpu == ["gpu"] => {
+            contexts(Path::new(model), k, !gpu.is_empty())
+        }
+        _ => {
+            Err("usage: llama-probe graph MODEL N... | logits MODEL | retry MODEL N | contexts MODEL K [gpu]"
+                .into())
+        }
     };
     match result {
         Ok(text) => {
@@ -76,6 +96,163 @@ fn logits(path: &Path) -> Result<String, String> {
         }
     }
     out += &continuation(&model)?;
+    Ok(out)
+}
+
+/// Most tries of one token.
+const TRIES: usize = 5;
+
+fn retry(path: &Path, n: i32) -> Result<String, String> {
+    let llama = Llama::get().exclusive();
+    let model = llama.load(path, LoadOptions::default())?;
+    let mut ctx = model.context(ContextOptions::default())?;
+    let n_vocab = model.n_vocab() as i32;
+    let mut out = String::new();
+    for pos in 0..n {
+        let input = [Input { token: (pos * 37 + 11) % n_vocab, pos, seq: 0, output: true }];
+        let mut tries =
+            (0..TRIES).map(|_| ctx.decode(&input).inspect_err(|e| eprintln!("failed at {pos}: {e}")));
+        let logits = tries.find_map(Result::ok).ok_or(format!("position {pos} fails again and again"))?;
+        out += &format!("{pos}: {:016x}\n", checksum(logits.row(0)));
+    }
+    let slots = ctx.stats().map_or(0, |s| s.n_tokens);
+    eprintln!("{slots} tokens took the slots");
+    drop(ctx);
+    drop(model);
+    for line in llama.take_log().iter().filter(|l| l.text.starts_with("moe-hot: ")) {
+        eprintln!("{}", line.text);
+    }
+    Ok(out)
+}
+
+/// Positions of each context of `contexts`.
+const POSITIONS: i32 = 96;
+/// Mean and largest divergence that is none: experts with a slot are computed on another device than those
+/// without. Wrong weights give more than 1.
+const KL: (f64, f64) = (0.004, 0.2);
+
+struct Run {
+    logits: Vec<Logits>,
+    /// Tokens that took the slots.
+    hot: u64,
+}
+
+/// Decodes tokens of `seed`, one by one.
+fn decode_all(
+    ctx: &mut Context<'_>,
+    n_vocab: usize,
+    seed: i32,
+    pos: std::ops::Range<i32>,
+) -> Result<Vec<Logits>, String> {
+    pos.map(|pos| ctx.decode(&[input_at(n_vocab, seed, pos)])).collect()
+}
+
+fn input_at(n_vocab: usize, seed: i32, pos: i32) -> Input {
+    // some tokens come again and again, as in text
+    let token = (pos * 37 + seed * 101) % 23 * 61 % n_vocab as i32;
+    Input { token, pos, seq: 0, output: true }
+}
+
+/// Mean and largest KL divergence.
+fn divergence(expected: &[Logits], got: &[Logits]) -> (f64, f64) {
+    let kl = |(e, g): (&Logits, &Logits)| {
+        let log_sum = |row: &[f32]| {
+            let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            f64::from(most) + row.iter().map(|v| f64::from(v - most).exp()).sum::<f64>().ln()
+        };
+        let (e, g) = (e.row(0), g.row(0));
+        let (le, lg) = (log_sum(e), log_sum(g));
+        let term = |(e, g): (&f32, &f32)| {
+            let (e, g) = (f64::from(*e) - le, f64::from(*g) - lg);
+            e.exp() * (e - g)
+        };
+        e.iter().zip(g).map(term).sum::<f64>()
+    };
+    let all: Vec<f64> = expected.iter().zip(got).map(kl).collect();
+    (all.iter().sum::<f64>() / all.len() as f64, all.iter().copied().fold(0.0, f64::max))
+}
+
+fn contexts(path: &Path, k: &str, gpu: bool) -> Result<String, String> {
+    static ABORT: AtomicBool = AtomicBool::new(false);
+    let llama: Exclusive = Llama::get().exclusive();
+    let model = llama.load(path, LoadOptions { gpu, ..LoadOptions::default() })?;
+    let n_vocab = model.n_vocab();
+    let new = || model.context(ContextOptions { n_ctx: 256, ..ContextOptions::default() });
+    let expected = [1, 2].map(|seed| decode_all(&mut new()?, n_vocab, seed, 0..POSITIONS));
+    let expected = [expected[0].clone()?, expected[1].clone()?];
+    llama.set("moe-hot-k", Some(k))?;
+    llama.set("moe-hot-rebalance-interval", Some("1"))?;
+    if new()?.status().is_none() {
+        return Err("there are no slots".into());
+    }
+
+    let mut out = String::new();
+    let mut check = |what: &str, seed: usize, run: Run| {
+        let (mean, most) = divergence(&expected[seed - 1], &run.logits);
+        out += &format!("{what}: KL {mean:.6}, at most {most:.6}, {} tokens took the slots\n", run.hot);
+        // a divergence that is no number is none that passes
+        let good = mean <= KL.0 && most <= KL.1 && run.hot >= POSITIONS as u64 / 2;
+        if good {
+            Ok(())
+        } else {
+            Err(format!("{what}: KL {mean}, at most {most}, {} tokens took the slots", run.hot))
+        }
+    };
+    let hot = |ctx: &Context<'_>| ctx.stats().map_or(0, |s| s.n_tokens);
+
+    let (mut a, mut b) = (new()?, new()?);
+    let mut logits = [Vec::new(), Vec::new()];
+    for pos in 0..POSITIONS {
+        logits[0].extend(decode_all(&mut a, n_vocab, 1, pos..pos + 1)?);
+        logits[1].extend(decode_all(&mut b, n_vocab, 2, pos..pos + 1)?);
+    }
+    let [x, y] = logits;
+    check("two contexts in turn, the first", 1, Run { logits: x, hot: hot(&a) })?;
+    check("two contexts in turn, the second", 2, Run { logits: y, hot: hot(&b) })?;
+    drop((a, b));
+
+    let at_once = std::thread::scope(|s| {
+        let threads = [1, 2].map(|seed| {
+            let mut ctx = new();
+            s.spawn(move || {
+                let ctx = ctx.as_mut().map_err(|e| e.clone())?;
+                Ok::<_, String>(Run { logits: decode_all(ctx, n_vocab, seed, 0..POSITIONS)?, hot: hot(ctx) })
+            })
+        });
+        threads.map(|t| t.join().map_err(|_| "a thread panicked".to_string())?)
+    });
+    let [x, y] = at_once;
+    check("two threads at once, the first", 1, x?)?;
+    check("two threads at once, the second", 2, y?)?;
+
+    for n in 0..24 {
+        decode_all(&mut new()?, n_vocab, 3 + n, 0..3)?;
+    }
+    let mut ctx = new()?;
+    let run = Run { logits: decode_all(&mut ctx, n_vocab, 1, 0..POSITIONS)?, hot: hot(&ctx) };
+    check("after 24 contexts that ended within a swap", 1, run)?;
+
+    let mut ctx = new()?;
+    ctx.set_abort(Some(&ABORT));
+    let (mut logits, mut aborted) = (Vec::new(), 0);
+    for pos in 0..POSITIONS {
+        ABORT.store(pos % 8 == 5, Ordering::Relaxed);
+        let input = [input_at(n_vocab, 2, pos)];
+        let mut result = ctx.decode(&input);
+        if pos % 8 == 5 {
+            aborted += u32::from(result.is_err());
+            ABORT.store(false, Ordering::Relaxed);
+            if result.is_err() {
+                result = ctx.decode(&input);
+            }
+        }
+        logits.push(result?);
+    }
+    if aborted == 0 {
+        return Err("no step could be aborted".into());
+    }
+    let run = Run { logits, hot: hot(&ctx) };
+    check(&format!("after {aborted} steps that were aborted"), 2, run)?;
     Ok(out)
 }
 

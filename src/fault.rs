@@ -1,0 +1,68 @@
+//! Faults on demand, so that tests reach what machines rarely do.
+//!
+//! `MOE_HOT_FAULT` is a list of names with numbers, `copy=3,register=1`; unset in all real use. Every
+//! fault that is armed is announced when a pool becomes active.
+//!
+//! | name | what |
+//! |---|---|
+//! | `alloc=N` | the N-th allocation of VRAM fails |
+//! | `register=N`, `copy=N` | every N-th registration, copy fails |
+//! | `row=N` | a panic in every N-th request for cold experts |
+//! | `stall=N`, `stall_ms=N` | a worker sleeps in the N-th one that workers begin, and every N-th after; for how long |
+//! | `bound=N` | JOIN waits for N ms at most |
+//! | `vram=N` | the device claims to have N MiB free |
+//! | `driver=N` | the driver claims to be of CUDA version N, as `cuDriverGetVersion` counts |
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+struct Armed {
+    n: u64,
+    calls: AtomicU64,
+}
+
+static ARMED: LazyLock<BTreeMap<String, Armed>> = LazyLock::new(|| {
+    let list = std::env::var("MOE_HOT_FAULT").unwrap_or_default();
+    let one = |fault: &str| {
+        let (name, n) = fault.split_once('=')?;
+        Some((name.to_string(), Armed { n: n.parse().ok()?, calls: AtomicU64::new(0) }))
+    };
+    list.split(',').filter_map(one).collect()
+});
+
+/// The number a fault was armed with.
+pub fn armed(name: &str) -> Option<u64> {
+    ARMED.get(name).map(|a| a.n)
+}
+
+/// True for the n-th call with this name, 2n-th, and so on.
+pub fn strikes(name: &str) -> bool {
+    ARMED.get(name).is_some_and(|a| (a.calls.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(a.n.max(1)))
+}
+
+/// True for the n-th call with this name alone.
+pub fn strikes_once(name: &str) -> bool {
+    ARMED.get(name).is_some_and(|a| a.calls.fetch_add(1, Ordering::Relaxed) + 1 == a.n)
+}
+
+/// What may happen to the thread that computes a unit: it panics (`row`), or, as a worker, it stalls (`stall`)
+/// for `stall_ms`, an hour unless that is armed.
+pub fn in_unit() {
+    assert!(!strikes("row"), "a fault was injected");
+    let on_worker = || std::thread::current().name().is_some_and(|n| n.starts_with("moe-hot-"));
+    if armed("stall").is_some() && on_worker() && strikes("stall") {
+        std::thread::sleep(Duration::from_millis(armed("stall_ms").unwrap_or(3_600_000)));
+    }
+}
+
+/// What is armed, `None` when nothing is.
+pub fn announcement() -> Option<String> {
+    let names: Vec<_> = ARMED.iter().map(|(name, a)| format!("{name}={}", a.n)).collect();
+    (!names.is_empty()).then(|| format!("moe-hot: faults are injected (MOE_HOT_FAULT): {}", names.join(", ")))
+}
