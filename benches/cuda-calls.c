@@ -19,7 +19,7 @@
 
 #define CALLS(X)                                                                                                \
     X(cudaGraphLaunch) X(cudaGraphInstantiate) X(cudaGraphExecUpdate) X(cudaStreamBeginCapture)                 \
-    X(cudaLaunchKernel) X(cudaLaunchKernelExC) X(cudaStreamSynchronize) X(cudaDeviceSynchronize)                \
+    X(__cudaLaunchKernel) X(cudaLaunchKernel) X(cudaLaunchKernelExC) X(cudaStreamSynchronize) X(cudaDeviceSynchronize)                \
     X(cudaEventSynchronize) X(cudaStreamWaitEvent) X(cudaMemcpy) X(cudaMemcpyAsync) X(cudaMemcpy2DAsync)        \
     X(cudaMemcpyPeerAsync) X(cudaMemsetAsync)
 
