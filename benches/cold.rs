@@ -89,6 +89,7 @@ impl Ggml {
         let t = self.traits(ty);
         let row_bytes = self.row_bytes(ty, n_in);
         Matrix {
+            buffer: None,
             data,
             ty,
             n_in,
@@ -171,6 +172,8 @@ fn nodes(c: &mut Criterion, ggml: &Ggml) {
     let matrix = |part: usize| {
         let m = ggml.matrix(data[part * EXPERTS * SMALL * 18..].as_ptr(), 2, SMALL, SMALL);
         ffi::moe_hot_matrix {
+            buffer: ptr::null(),
+            buffer_bytes: 0,
             data: m.data.cast(),
             type_: m.ty,
             n_in: SMALL as i64,

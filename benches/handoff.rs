@@ -1,7 +1,8 @@
 //! What the two nodes of a layer cost on a GPU, in a captured graph of 48 layers, without any work: nothing
 //! cold, and everything cold with rows that are answered as they are. Needs a library with kernels.
 //!
-//! Prints `name<TAB>value<TAB>unit`. The machine's other threads should be idle.
+//! Prints `name<TAB>value<TAB>unit`. The machine's other threads should be idle. With `--quick` a few replays,
+//! which measure nothing.
 
 use std::{
     ffi::c_char,
@@ -26,8 +27,9 @@ const LAYERS: usize = 48;
 const EXPERTS: usize = 64;
 const USED: usize = 8;
 const EMBD: usize = 2048;
-const ROUNDS: usize = 9;
-const REPLAYS: usize = 200;
+/// Rounds and replays in each; few are for tools that slow everything down.
+const FULL: (usize, usize) = (9, 200);
+const QUICK: (usize, usize) = (1, 2);
 const BOUND: Duration = Duration::from_secs(5);
 
 /// Calls the driver and stops at an error: this is a measurement.
@@ -85,16 +87,16 @@ impl Graph {
     }
 
     /// Time of a replay, the best of some rounds, in us.
-    fn time(&self, port: &Port) -> f64 {
+    fn time(&self, port: &Port, (rounds, replays): (usize, usize)) -> f64 {
         let mut best = f64::INFINITY;
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             let start = Instant::now();
-            for _ in 0..REPLAYS {
+            for _ in 0..replays {
                 cu!(cuGraphLaunch(self.exec, self.stream.raw()));
                 self.stream.synchronize().expect("the graph runs");
             }
-            best = best.min(start.elapsed().as_secs_f64() * 1e6 / REPLAYS as f64);
-            port.harvest(&mut StepUsage::new(LAYERS));
+            best = best.min(start.elapsed().as_secs_f64() * 1e6 / replays as f64);
+            port.harvest(&mut StepUsage::new(LAYERS), &mut Vec::new());
             assert_eq!(port.take_fault(), Ok(None), "JOIN gave up");
         }
         best
@@ -119,9 +121,8 @@ fn answer(remote: &Remote, stop: &AtomicBool) {
     }
 }
 
-fn measure() -> Result<(), CudaError> {
-    // initialises the driver, so that it can be asked for a device
-    let _ = Device::open("");
+fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
+    cu!(cuInit(0));
     let mut pci = [0 as c_char; 32];
     cu!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, 0));
     // SAFETY: the driver ends it with a zero.
@@ -154,9 +155,10 @@ fn measure() -> Result<(), CudaError> {
                     *slot = if cold.contains(&expert) { -1 } else { expert as i32 };
                 }
             };
-            port.update_map(version, map).expect("the map is copied");
+            let tables = vec![0; LAYERS * (port.max_rows() + 1)];
+            port.update((version, 0), map, &tables).expect("the map is copied");
             for (graph, what) in graphs.iter().zip(["", "_short_rows", "_dispatch"]) {
-                println!("{name}{what}_us_per_layer\t{:.2}\tus", graph.time(&port) / LAYERS as f64);
+                println!("{name}{what}_us_per_layer\t{:.2}\tus", graph.time(&port, repeat) / LAYERS as f64);
             }
         }
         stop.store(true, Ordering::Relaxed);
@@ -165,7 +167,8 @@ fn measure() -> Result<(), CudaError> {
 }
 
 fn main() -> ExitCode {
-    match measure() {
+    let quick = std::env::args().any(|a| a == "--quick");
+    match measure(if quick { QUICK } else { FULL }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("handoff: {e}");

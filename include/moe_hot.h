@@ -40,6 +40,10 @@ typedef struct moe_hot_context moe_hot_context;
 typedef struct moe_hot_matrix {
   // First byte of expert 0; null when the layer has no such matrix.
   const void *data;
+  // First byte of the buffer that they are in, which the device gets to know as a whole; null: only the matrix.
+  const void *buffer;
+  // Its size.
+  size_t buffer_bytes;
   // `ggml_type` of the weights.
   int32_t type_;
   // Elements of a row (ne[0]).
@@ -99,6 +103,9 @@ typedef struct moe_hot_slots {
   size_t bytes[3];
   // Whether `data` are addresses of the layer's device.
   bool on_device;
+  // Addresses in the device's space where it reads expert 0 of the layer in place, by matrix, the others behind
+  // it; null when it does not.
+  void *link[3];
   // Not negative: all experts of the layer have their slots for good, expert e slot `resident + e`,
   // and the nodes are not needed.
   int32_t resident;

@@ -37,6 +37,8 @@ pub struct Config {
     pub k: u32,
     /// Decoded tokens between two plans. Short: copies run beside decode, and a plan takes some 100 us.
     pub rebalance_interval: u32,
+    /// Whether the device may read cold experts over the link while the CPU computes others.
+    pub link: bool,
     /// Ubatches of more tokens take the stock graph; `None`: as the device says.
     pub pp_bypass: Option<u32>,
     /// Who decides what gets a slot.
@@ -52,6 +54,7 @@ impl Default for Config {
         Config {
             k: 0,
             rebalance_interval: 4,
+            link: true,
             pp_bypass: None,
             policy: PolicyKind::default(),
             threads: None,
@@ -74,7 +77,7 @@ struct Opt {
 const MAX_INTERVAL: u32 = 1 << 20;
 const MAX_THREADS: u32 = 512;
 
-const OPTIONS: [Opt; 6] = [
+const OPTIONS: [Opt; 7] = [
     Opt {
         name: "moe-hot-k",
         env: "LLAMA_ARG_MOE_HOT_K",
@@ -126,6 +129,19 @@ const OPTIONS: [Opt; 6] = [
             Ok(())
         },
         show: |c| c.threads.map_or("auto".into(), |n| n.to_string()),
+    },
+    Opt {
+        name: "moe-hot-link",
+        env: "LLAMA_ARG_MOE_HOT_LINK",
+        parse: |c, v| {
+            c.link = match v {
+                "auto" => true,
+                "off" => false,
+                _ => return Err("auto or off".into()),
+            };
+            Ok(())
+        },
+        show: |c| if c.link { "auto" } else { "off" }.into(),
     },
     Opt {
         name: "moe-hot-trace",
@@ -270,6 +286,7 @@ mod tests {
             ("moe-hot-policy", "fifo", "one of decay, lru, lfu, static"),
             ("moe-hot-threads", "-1", "auto or a number of threads from 0 to 512"),
             ("moe-hot-threads", "513", "auto or a number of threads from 0 to 512"),
+            ("moe-hot-link", "on", "auto or off"),
             ("moe-hot-trace", "", "the path of a file to write"),
         ];
         for (name, value, allowed) in cases {
@@ -313,6 +330,7 @@ mod tests {
             ("moe-hot-pp-bypass", "4"),
             ("moe-hot-policy", "lru"),
             ("moe-hot-threads", "0"),
+            ("moe-hot-link", "off"),
             ("moe-hot-trace", "/tmp/t"),
         ] {
             o.set(name, Some(value)).unwrap();
@@ -321,6 +339,7 @@ mod tests {
         let expected = Config {
             k: 16,
             rebalance_interval: 1,
+            link: false,
             pp_bypass: Some(4),
             policy: PolicyKind::Lru,
             threads: Some(0),

@@ -17,6 +17,7 @@ use crate::{
         Device,
         cuda::{CudaError, Fault, Port, PortShape},
     },
+    lanes::{Lanes, Sample},
     log::{Level, log},
     model::{Boundary, Model},
     telemetry::{Stats, Step, StepLog},
@@ -30,6 +31,7 @@ struct Counters {
     tokens: AtomicU64,
     hits: AtomicU64,
     misses: AtomicU64,
+    linked: AtomicU64,
     join_wait_ns: AtomicU64,
 }
 
@@ -40,6 +42,7 @@ pub struct Context {
     engine: Arc<Engine>,
     /// Shared with the kernels when the slots are in VRAM.
     port: Option<Port>,
+    lanes: Mutex<Measured>,
     /// Hits a token in layers without nodes.
     uncounted: u64,
     usage: Mutex<StepUsage>,
@@ -53,6 +56,12 @@ pub struct Context {
     /// The ubatch on the hot path that is running.
     running: Mutex<Option<Running>>,
     log: Option<Mutex<StepLog>>,
+}
+
+/// How cold experts are divided, and what the last step measured.
+struct Measured {
+    lanes: Lanes,
+    samples: Vec<Sample>,
 }
 
 struct Running {
@@ -88,6 +97,8 @@ impl Context {
             Device::Host => None,
             Device::Cuda(device) => Some(Port::new(device.clone(), PortShape::new(layers, max_tokens))?),
         };
+        let max_rows = port.as_ref().map_or(0, Port::max_rows);
+        let lanes = model.lanes(max_rows);
         let remote = port.as_ref().map(Port::remote);
         let engine = Arc::new(Engine::new(layers.clone(), max_tokens, remote));
         model.attach(&engine);
@@ -97,6 +108,7 @@ impl Context {
             id,
             engine,
             port,
+            lanes: Mutex::new(Measured { lanes, samples: Vec::new() }),
             uncounted: model.uncounted(),
             usage: Mutex::new(usage),
             cold: Mutex::default(),
@@ -148,8 +160,10 @@ impl Context {
 
     /// Marks the running step as failed; the first reason is kept.
     pub fn fail(&self, why: impl Into<StepError>) {
-        let why = why.into();
-        if matches!(why, StepError::Engine(EngineError::TimedOut(_))) {
+        let mut why = why.into();
+        if matches!(why, StepError::Engine(_)) && !self.engine.settles() {
+            // units that wait for a stuck one fail first
+            why = EngineError::TimedOut(join_bound()).into();
             self.stuck.store(true, Ordering::Relaxed);
         }
         self.failed.lock().get_or_insert(why);
@@ -191,7 +205,9 @@ impl Context {
         if let Some(port) = &self.port {
             // the version first: what changes meanwhile is copied with the next step
             let version = self.model.map_version();
-            port.update_map(version, |layer, map| self.model.map(layer).copy_to(map))?;
+            let lanes = &self.lanes.lock().lanes;
+            let fill = |layer: usize, map: &mut [i32]| self.model.map(layer).copy_to(map);
+            port.update((version, lanes.version()), fill, lanes.tables())?;
         }
         Ok(true)
     }
@@ -213,7 +229,13 @@ impl Context {
         let Some(step) = self.running.lock().take() else { return };
         let mut usage = self.usage.lock();
         if let Some(port) = &self.port {
-            let waited = port.harvest(&mut usage);
+            let mut lanes = self.lanes.lock();
+            let Measured { lanes, samples } = &mut *lanes;
+            samples.clear();
+            let waited = port.harvest(&mut usage, samples);
+            if !samples.is_empty() {
+                lanes.observe(samples.drain(..));
+            }
             self.counters.join_wait_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
             match port.take_fault() {
                 Ok(None) => {}
@@ -228,6 +250,7 @@ impl Context {
             self.counters.tokens.fetch_add(u64::from(usage.n_tokens), Ordering::Relaxed);
             self.counters.hits.fetch_add(usage.hits, Ordering::Relaxed);
             self.counters.misses.fetch_add(usage.misses, Ordering::Relaxed);
+            self.counters.linked.fetch_add(usage.linked, Ordering::Relaxed);
         }
         self.model.step_end(self.id, &usage);
         if let Some(log) = &self.log {
@@ -256,6 +279,7 @@ impl Context {
             tokens: c.tokens.load(Ordering::Relaxed),
             hits: c.hits.load(Ordering::Relaxed),
             misses: c.misses.load(Ordering::Relaxed),
+            linked: c.linked.load(Ordering::Relaxed),
             join_wait_us: c.join_wait_ns.load(Ordering::Relaxed) / 1000,
             worker_busy_us: self.engine.busy_us(),
             ..now.since(&base)
@@ -265,7 +289,7 @@ impl Context {
     /// Sets its counters to zero.
     pub fn reset_stats(&self) {
         let c = &self.counters;
-        for a in [&c.steps, &c.tokens, &c.hits, &c.misses, &c.join_wait_ns] {
+        for a in [&c.steps, &c.tokens, &c.hits, &c.misses, &c.linked, &c.join_wait_ns] {
             a.store(0, Ordering::Relaxed);
         }
         self.engine.reset_busy();

@@ -8,7 +8,7 @@
 //! | `alloc=N` | the N-th allocation of VRAM fails |
 //! | `register=N`, `copy=N` | every N-th registration, copy fails |
 //! | `row=N` | a panic in every N-th request for cold experts |
-//! | `stall=N`, `stall_ms=N` | a worker sleeps in the N-th one that workers begin, and every N-th after; for how long |
+//! | `stall=N`, `stall_ms=N` | a worker sleeps in the N-th one that workers begin; for how long |
 //! | `bound=N` | JOIN waits for N ms at most |
 //! | `vram=N` | the device claims to have N MiB free |
 //! | `driver=N` | the driver claims to be of CUDA version N, as `cuDriverGetVersion` counts |
@@ -56,7 +56,7 @@ pub fn strikes_once(name: &str) -> bool {
 pub fn in_unit() {
     assert!(!strikes("row"), "a fault was injected");
     let on_worker = || std::thread::current().name().is_some_and(|n| n.starts_with("moe-hot-"));
-    if armed("stall").is_some() && on_worker() && strikes("stall") {
+    if armed("stall").is_some() && on_worker() && strikes_once("stall") {
         std::thread::sleep(Duration::from_millis(armed("stall_ms").unwrap_or(3_600_000)));
     }
 }

@@ -59,6 +59,10 @@ pub enum moe_hot_activation {
 pub struct moe_hot_matrix {
     /// First byte of expert 0; null when the layer has no such matrix.
     pub data: *const c_void,
+    /// First byte of the buffer that they are in, which the device gets to know as a whole; null: only the matrix.
+    pub buffer: *const c_void,
+    /// Its size.
+    pub buffer_bytes: usize,
     /// `ggml_type` of the weights.
     pub type_: i32,
     /// Elements of a row (ne[0]).
@@ -132,6 +136,9 @@ pub struct moe_hot_slots {
     pub bytes: [usize; 3],
     /// Whether `data` are addresses of the layer's device.
     pub on_device: bool,
+    /// Addresses in the device's space where it reads expert 0 of the layer in place, by matrix, the others behind
+    /// it; null when it does not.
+    pub link: [*mut c_void; 3],
     /// Not negative: all experts of the layer have their slots for good, expert e slot `resident + e`,
     /// and the nodes are not needed.
     pub resident: i32,
@@ -504,12 +511,16 @@ pub unsafe extern "C" fn moe_hot_get_slots(
             data: [ptr::null_mut(); 3],
             bytes: [0; 3],
             on_device: false,
+            link: [ptr::null_mut(); 3],
             resident: ctx.model.resident_from(layer as usize).map_or(-1, |first| first as i32),
         };
         for (i, m) in class.memory.iter().enumerate() {
             out.data[i] = m.ptr().cast();
             out.bytes[i] = m.capacity();
             out.on_device = matches!(m, SlotMemory::Cuda(_));
+        }
+        for (out, address) in out.link.iter_mut().zip(ctx.model.link(layer as usize)) {
+            *out = *address as *mut c_void;
         }
         MOE_HOT_OK
     })
@@ -802,6 +813,7 @@ fn to_matrix(m: &moe_hot_matrix, what: &str) -> Result<Option<Matrix>, String> {
     };
     Ok(Some(Matrix {
         data: m.data.cast(),
+        buffer: (!m.buffer.is_null()).then_some((m.buffer as usize, m.buffer_bytes)),
         ty: m.type_,
         n_in: size(m.n_in, "n_in")?,
         n_out: size(m.n_out, "n_out")?,

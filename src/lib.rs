@@ -17,6 +17,7 @@ pub mod ffi;
 pub mod ggml;
 #[cfg(feature = "cli")]
 pub mod heatmap;
+pub mod lanes;
 pub mod log;
 pub mod mailbox;
 pub mod model;

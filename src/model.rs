@@ -21,6 +21,7 @@ use crate::{
     config::Config,
     device::{Device, SlotMemory, cuda, host},
     fault,
+    lanes::Lanes,
     log::{Level, log},
     policy::{self, Key, Limits, Policy, PoolShape, Swap},
     slots::{Action, SlotTable, Stamp},
@@ -140,6 +141,10 @@ struct Active {
     place: Vec<(usize, u16)>,
     classes: Vec<Class>,
     maps: Vec<LayerMap>,
+    /// By layer: where the device reads the experts of each matrix in place, empty where it does not.
+    links: Vec<Vec<u64>>,
+    /// Bytes a ns of a copy over the link.
+    copy_rate: f64,
     /// Counts changes of `maps`.
     map_version: AtomicU64,
     control: Mutex<Control>,
@@ -302,8 +307,13 @@ impl Model {
             let expert_bytes = shape.expert_bytes as usize;
             classes.push(Class { layers: members, n_slots: shape.n_slots, memory, expert_bytes });
         }
-        let copier = match copier(&device, &layers) {
+        let (copier, registration) = match copier(&device, &layers) {
             Ok(c) => c,
+            Err(e) => return not_active(&e.to_string()),
+        };
+        let links = self.links(&layers, registration.as_deref());
+        let copy_rate = match measure(registration.as_deref(), &classes) {
+            Ok(rate) => rate,
             Err(e) => return not_active(&e.to_string()),
         };
 
@@ -322,7 +332,7 @@ impl Model {
             classes.iter().map(|c| c.memory.iter().map(SlotMemory::bytes).sum::<usize>()).sum();
         let status = format!(
             "moe-hot: requested K = {k}, active: {n_slots} slots for {} experts in {} ({:.2} MiB, {} class{}), \
-             {} of {} MoE layers, policy {}, rebalance interval {} tokens, ubatches up to {} tokens, {} worker{}",
+             {} of {} MoE layers{}, policy {}, rebalance interval {} tokens, ubatches up to {} tokens, {} worker{}",
             layers.iter().map(|l| l.n_expert).sum::<usize>(),
             match &device {
                 Device::Host => "host memory".into(),
@@ -333,6 +343,10 @@ impl Model {
             if classes.len() == 1 { "" } else { "es" },
             layers.len(),
             layers.len() + offers.skipped.values().map(Vec::len).sum::<usize>(),
+            match links.iter().filter(|l| !l.is_empty()).count() {
+                0 => String::new(),
+                n => format!(" ({n} over the link too, {copy_rate:.0} GB/s)"),
+            },
             self.config.policy,
             self.config.rebalance_interval,
             max_tokens,
@@ -377,6 +391,8 @@ impl Model {
             place,
             classes,
             maps,
+            links,
+            copy_rate,
             map_version: AtomicU64::new(1),
             control: Mutex::new(control),
             status,
@@ -403,6 +419,17 @@ impl Model {
             // JOIN cannot help there
             Device::Cuda(_) => self.config.threads.map_or(cores.saturating_sub(1), |n| n as usize).max(1),
         }
+    }
+
+    /// Where the device reads the experts of each layer in place.
+    fn links(&self, layers: &[Layer], registration: Option<&cuda::Registration>) -> Vec<Vec<u64>> {
+        let link = |l: &Layer| -> Option<Vec<u64>> {
+            let registration = registration.filter(|_| self.config.link)?;
+            l.matrices()
+                .map(|m| registration.on_device(m.data as usize, m.expert_bytes * l.n_expert))
+                .collect()
+        };
+        layers.iter().map(|l| link(l).unwrap_or_default()).collect()
     }
 
     fn open_trace(
@@ -486,6 +513,19 @@ impl Model {
     pub fn uncounted(&self) -> u64 {
         let layers = self.layers();
         (0..layers.len()).filter(|l| self.resident_from(*l).is_some()).map(|l| layers[l].n_used as u64).sum()
+    }
+
+    /// Where the device reads all experts of a layer in place, by matrix; empty when it does not.
+    pub fn link(&self, layer: usize) -> &[u64] {
+        &self.pool().links[layer]
+    }
+
+    /// How a context divides cold experts of up to `max_rows` rows a layer.
+    pub(crate) fn lanes(&self, max_rows: usize) -> Lanes {
+        let a = self.pool();
+        let bytes = |(l, link): (&Layer, &Vec<u64>)| if link.is_empty() { 0 } else { l.expert_bytes() };
+        let bytes = a.layers.iter().zip(&a.links).map(bytes).collect();
+        Lanes::new(bytes, max_rows, a.workers.len(), a.copy_rate)
     }
 
     /// The class of a wired layer.
@@ -836,15 +876,30 @@ fn allocate(
     }
 }
 
+/// Bytes a ns that copies move over the link; 0 where there is none.
+fn measure(registration: Option<&cuda::Registration>, classes: &[Class]) -> Result<f64, cuda::CudaError> {
+    // no slot is in use yet
+    let memory = classes.iter().flat_map(|c| &c.memory).find_map(|m| match m {
+        SlotMemory::Cuda(m) => Some(m),
+        SlotMemory::Host(_) => None,
+    });
+    let (Some(registration), Some(memory)) = (registration, memory) else { return Ok(0.0) };
+    Ok(registration.copy_rate(memory)?.unwrap_or(0.0))
+}
+
+type Copiers = (Box<dyn Copier>, Option<Arc<cuda::Registration>>);
+
 /// Who copies experts into slots. For a device the experts are registered, so that it can read them in
 /// place; what the driver refuses is staged.
-fn copier(device: &Device, layers: &[Layer]) -> Result<Box<dyn Copier>, cuda::CudaError> {
-    let Device::Cuda(device) = device else { return Ok(Box::new(HostCopier)) };
-    let mut ranges: Vec<(usize, usize)> = layers
-        .iter()
-        .flat_map(|l| l.matrices().map(|m| (m.data as usize, m.expert_bytes * l.n_expert)))
-        .collect();
+fn copier(device: &Device, layers: &[Layer]) -> Result<Copiers, cuda::CudaError> {
+    let Device::Cuda(device) = device else { return Ok((Box::new(HostCopier), None)) };
+    let own = |l: &Layer, m: &Matrix| (m.data as usize, m.expert_bytes * l.n_expert);
+    // Whole buffers: ggml copies what else is in them to the device, too, and the driver refuses a copy that begins in
+    // a registered page and ends behind it.
+    let mut ranges: Vec<(usize, usize)> =
+        layers.iter().flat_map(|l| l.matrices().map(move |m| m.buffer.unwrap_or(own(l, m)))).collect();
     ranges.sort_unstable();
+    ranges.dedup();
     let total: usize = ranges.iter().map(|r| r.1).sum();
     let start = Instant::now();
     let mut told = start;
@@ -853,21 +908,22 @@ fn copier(device: &Device, layers: &[Layer]) -> Result<Box<dyn Copier>, cuda::Cu
         if told.elapsed() > TELL_EVERY || next > LONG_BYTES {
             told = Instant::now();
             let (done, total) = (done >> 20, total >> 20);
-            log!(Level::Info, "moe-hot: registering experts with the driver: {done} of {total} MiB");
+            log!(Level::Info, "moe-hot: registering weights with the driver: {done} of {total} MiB done");
         }
     });
     let bytes = registration.bytes();
     if bytes > 0 {
         let seconds = start.elapsed().as_secs_f64();
-        log!(Level::Info, "moe-hot: registered {} MiB of experts in {seconds:.2} s", bytes >> 20);
+        log!(Level::Info, "moe-hot: registered {} MiB of weights in {seconds:.2} s", bytes >> 20);
     }
     if let Err(why) = refused {
         log!(
             Level::Warn,
-            "moe-hot: {} of {} MiB of experts are registered, the others are copied through a staging buffer: {why}",
+            "moe-hot: {} of {} MiB of weights are registered, the others are copied through a staging buffer: {why}",
             bytes >> 20,
             total >> 20
         );
     }
-    Ok(Box::new(cuda::CudaCopier::new(device, Arc::new(registration))?))
+    let registration = Arc::new(registration);
+    Ok((Box::new(cuda::CudaCopier::new(device, registration.clone())?), Some(registration)))
 }

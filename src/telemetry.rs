@@ -18,6 +18,8 @@ pub struct Stats {
     pub hits: u64,
     /// Routed experts that had none.
     pub misses: u64,
+    /// Of these, those that the device read over the link.
+    pub linked: u64,
     /// Experts copied into a slot and published.
     pub uploads: u64,
     /// Bytes of those copies.
@@ -44,6 +46,7 @@ impl Stats {
             tokens: self.tokens - base.tokens,
             hits: self.hits - base.hits,
             misses: self.misses - base.misses,
+            linked: self.linked - base.linked,
             uploads: self.uploads - base.uploads,
             upload_bytes: self.upload_bytes - base.upload_bytes,
             evictions: self.evictions - base.evictions,
@@ -65,6 +68,11 @@ impl Stats {
         ratio(self.misses, self.tokens)
     }
 
+    /// Experts a token that were read over the link, over all layers.
+    pub fn linked_per_token(&self) -> f64 {
+        ratio(self.linked, self.tokens)
+    }
+
     /// Hits that each upload brought; 0 without uploads.
     pub fn hits_per_upload(&self) -> f64 {
         ratio(self.hits, self.uploads)
@@ -81,6 +89,7 @@ impl Stats {
         counter("tokens_total", "Tokens decoded on the hot path.", self.tokens as f64);
         counter("hits_total", "Routed experts that had a slot.", self.hits as f64);
         counter("misses_total", "Routed experts that had none.", self.misses as f64);
+        counter("linked_total", "Routed experts that were read over the link.", self.linked as f64);
         counter("uploads_total", "Experts copied into a slot.", self.uploads as f64);
         counter("upload_bytes_total", "Bytes copied into slots.", self.upload_bytes as f64);
         counter("evictions_total", "Experts that lost their slot.", self.evictions as f64);
@@ -109,11 +118,12 @@ impl Display for Stats {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} tokens, hit rate {:.1}%, {:.1} cold experts a token, {} uploads ({:.1} MiB, {:.1} hits each), \
+            "{} tokens, hit rate {:.1}%, {:.1} cold experts a token ({:.1} over the link), {} uploads ({:.1} MiB, {:.1} hits each), \
              {} evictions, {} rebalances in {:.2} ms, join {:.2} ms, cold experts {:.2} ms of thread time",
             self.tokens,
             100.0 * self.hit_rate(),
             self.cold_per_token(),
+            self.linked_per_token(),
             self.uploads,
             self.upload_bytes as f64 / f64::from(1 << 20),
             self.hits_per_upload(),

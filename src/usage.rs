@@ -11,6 +11,8 @@ pub struct StepUsage {
     pub hits: u64,
     /// Ids that had none.
     pub misses: u64,
+    /// Of these, those that the device read over the link.
+    pub linked: u64,
 }
 
 impl StepUsage {
@@ -29,6 +31,7 @@ impl StepUsage {
         self.n_tokens = 0;
         self.hits = 0;
         self.misses = 0;
+        self.linked = 0;
         self.ids.iter_mut().for_each(Vec::clear);
     }
 }

@@ -35,6 +35,8 @@ const ROW_ALIGN: usize = if cfg!(target_arch = "x86_64") { 16 } else { 64 };
 const UNIT_BYTES: usize = 32 << 10;
 /// How long a unit of a device's request may go on after the device has gone on without it.
 const REPORT_BOUND: Duration = Duration::from_secs(1);
+/// How long the threads of a failed request may take to leave it.
+const SETTLE_BOUND: Duration = Duration::from_millis(100);
 /// Spins between two looks at the clock (or a yield) while waiting.
 const SPINS: u32 = 256;
 
@@ -359,6 +361,18 @@ impl Engine {
     /// Whether no thread works on a request, not even on one that was given up.
     pub fn is_idle(&self) -> bool {
         self.mailbox.done() == self.total.load(Ordering::Relaxed)
+    }
+
+    /// Whether all threads leave a request that has failed, soon.
+    pub fn settles(&self) -> bool {
+        let start = Instant::now();
+        while !self.is_idle() {
+            if start.elapsed() > SETTLE_BOUND {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        true
     }
 
     /// Claims and computes units until there are none left; false when there was none.

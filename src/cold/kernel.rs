@@ -18,6 +18,8 @@ pub type UnaryFn = unsafe extern "C" fn(c_int, *mut f32, *const f32);
 pub struct Matrix {
     /// First byte of expert 0.
     pub data: *const u8,
+    /// First byte and size of the buffer that `data` is in, where known.
+    pub buffer: Option<(usize, usize)>,
     /// ggml type of the weights; only compared, to tell slot classes apart.
     pub ty: i32,
     /// Elements of a row.

@@ -1,14 +1,17 @@
 //! Memory of the device, pinned memory of the host, and host memory that others own and we register.
 
-use std::{ffi::c_void, ptr, sync::Arc};
+use std::{ffi::c_void, ptr, sync::Arc, time::Instant};
 
 use cudarc::driver::sys::{self, CUdeviceptr, CUmemAccessDesc, CUmemAllocationProp, CUresult};
 
-use super::driver::{CudaError, Device, check, cu};
+use super::driver::{CudaError, Device, Stream, check, cu};
 use crate::fault;
 
 /// ggml may clear or read a little behind a tensor whose rows do not fill a multiple of 512 elements.
 const TAIL: usize = 4096;
+
+/// Bytes of a copy that the link is measured with.
+const MEASURED_BYTES: usize = 32 << 20;
 
 /// Device memory in a reserved range of addresses: what is mapped there can change, the addresses cannot.
 pub struct VideoMemory {
@@ -223,8 +226,7 @@ impl Registration {
     }
 
     /// Registers `ranges` of first byte and size, sorted, one after the other; `progress` hears before each how
-    /// many bytes are done and how many come next. A range is a tensor, or several: ggml copies parts of tensors to
-    /// the device, and the driver refuses a copy that begins in one registration and ends behind it.
+    /// many bytes are done and how many come next.
     ///
     /// # Errors
     /// The first that the driver refuses, or that the limit of locked memory does not allow; the rest is not
@@ -251,6 +253,35 @@ impl Registration {
     /// How the first of `bytes` bytes at `first` get to the device.
     pub fn piece(&self, first: usize, bytes: usize) -> Piece {
         piece(&self.ranges, first, bytes)
+    }
+
+    /// Where the device reads `bytes` bytes at `first` in place, if it can.
+    pub fn on_device(&self, first: usize, bytes: usize) -> Option<CUdeviceptr> {
+        if self.piece(first, bytes) != Piece::Direct(bytes) {
+            return None;
+        }
+        self.device.bind().ok()?;
+        let mut address = 0;
+        cu!(cuMemHostGetDevicePointer_v2(&mut address, first as *mut c_void, 0)).ok()?;
+        Some(address)
+    }
+
+    /// Bytes a ns that a copy into `to` moves over the link, `None` without a source. Overwrites the memory.
+    ///
+    /// # Errors
+    /// As the driver says.
+    pub fn copy_rate(&self, to: &VideoMemory) -> Result<Option<f64>, CudaError> {
+        let Some(from) = self.ranges.iter().max_by_key(|r| r.bytes) else { return Ok(None) };
+        let bytes = from.bytes.min(to.bytes()).min(MEASURED_BYTES);
+        let stream = Stream::new(self.device.clone(), false)?;
+        let mut best = 0.0f64;
+        for _ in 0..3 {
+            let start = Instant::now();
+            cu!(cuMemcpyHtoDAsync_v2(to.address, from.start as *const c_void, bytes, stream.raw()))?;
+            stream.synchronize()?;
+            best = best.max(bytes as f64 / start.elapsed().as_nanos().max(1) as f64);
+        }
+        Ok(Some(best))
     }
 
     /// Bytes that we have registered.

@@ -20,19 +20,22 @@ use super::{
 };
 use crate::{
     cold::Layer,
+    lanes::Sample,
     mailbox::{Answer, Remote, RemoteRequest},
     usage::StepUsage,
 };
 
-/// Marks a routed expert without a slot in a usage record.
+/// Marks a routed expert without a slot in a usage record, and one that was read over the link.
 const COLD_BIT: u32 = 1 << 31;
+const LINK_BIT: u32 = 1 << 30;
 
 /// The kernels' `Usage`; ids and waiting times follow.
 #[repr(C)]
 struct UsageHeader {
     n_rows: u32,
     n_tokens: u32,
-    pad: [u32; 14],
+    span_ns: u32,
+    pad: [u32; 13],
 }
 
 /// The kernels' `Port`, passed by value with every launch.
@@ -46,6 +49,7 @@ pub(super) struct KernelPort {
     error: CUdeviceptr,
     epoch: CUdeviceptr,
     gave_up: CUdeviceptr,
+    posted_ns: CUdeviceptr,
     bound_ns: u64,
     max_rows: u32,
     act_stride: u32,
@@ -100,13 +104,13 @@ pub struct Port {
     shape: PortShape,
     /// Request, activations, answers, output rows, error, usage records: written by one side each.
     shared: Arc<Pinned>,
-    /// What the map copy reads from.
+    /// What the copy of map and tables reads from.
     shadow: Pinned,
-    /// Map of all layers, then epoch and failure mark.
+    /// Map of all layers, how each divides its cold rows, then epoch, failure mark and clock.
     on_device: CUdeviceptr,
     layout: Layout,
-    /// Version of the map that the device has.
-    seen: Mutex<u64>,
+    /// Versions of map and tables that the device has.
+    seen: Mutex<(u64, u64)>,
 }
 
 // SAFETY: the shared memory is written by the device, by the workers and by the thread that runs steps,
@@ -128,8 +132,10 @@ struct Layout {
     usage_stride: usize,
     bytes: usize,
     /// On the device.
+    tables: usize,
     epoch: usize,
     gave_up: usize,
+    posted: usize,
     device_bytes: usize,
 }
 
@@ -155,7 +161,8 @@ impl Layout {
         let usage_stride = (size_of::<UsageHeader>() + 2 * rows * size_of::<u32>()).next_multiple_of(LINE);
         let usage = take(s.n_layers * usage_stride);
         let bytes = take(0);
-        let map = (s.n_layers * s.n_expert * size_of::<i32>()).next_multiple_of(LINE);
+        let tables = (s.n_layers * s.n_expert * size_of::<i32>()).next_multiple_of(LINE);
+        let epoch = (tables + s.n_layers * (rows + 1)).next_multiple_of(LINE);
         Layout {
             act,
             act_stride,
@@ -166,9 +173,11 @@ impl Layout {
             usage,
             usage_stride,
             bytes,
-            epoch: map,
-            gave_up: map + LINE,
-            device_bytes: map + 2 * LINE,
+            tables,
+            epoch,
+            gave_up: epoch + LINE,
+            posted: epoch + 2 * LINE,
+            device_bytes: epoch + 3 * LINE,
         }
     }
 }
@@ -181,12 +190,12 @@ impl Port {
     pub fn new(device: Arc<Device>, shape: PortShape) -> Result<Self, CudaError> {
         let layout = Layout::new(&shape);
         let shared = Arc::new(Pinned::new(device.clone(), layout.bytes)?);
-        let shadow = Pinned::new(device.clone(), shape.n_layers * shape.n_expert * size_of::<i32>())?;
+        let shadow = Pinned::new(device.clone(), layout.epoch)?;
         let stream = Stream::new(device.clone(), false)?;
         let mut on_device = 0;
         cu!(cuMemAlloc_v2(&mut on_device, layout.device_bytes))?;
         // from here on `drop` frees it
-        let port = Port { device, stream, shape, shared, shadow, on_device, layout, seen: Mutex::new(0) };
+        let port = Port { device, stream, shape, shared, shadow, on_device, layout, seen: Mutex::default() };
         cu!(cuMemsetD8_v2(on_device, 0, layout.device_bytes))?;
         cu!(cuMemsetD8_v2(on_device, 0xff, shape.n_layers * shape.n_expert * size_of::<i32>()))?;
         Ok(port)
@@ -221,6 +230,7 @@ impl Port {
             error: at(self.layout.error),
             epoch: self.on_device + self.layout.epoch as u64,
             gave_up: self.on_device + self.layout.gave_up as u64,
+            posted_ns: self.on_device + self.layout.posted as u64,
             bound_ns: bound.as_nanos() as u64,
             max_rows: (self.shape.max_tokens * self.shape.n_used) as u32,
             act_stride: (self.layout.act_stride / size_of::<f32>()) as u32,
@@ -233,21 +243,37 @@ impl Port {
         self.on_device + (layer * self.shape.n_expert * size_of::<i32>()) as u64
     }
 
+    /// In device memory: how many of c cold rows of a layer go over the link.
+    pub(super) fn table(&self, layer: usize) -> CUdeviceptr {
+        self.on_device + (self.layout.tables + layer * (self.max_rows() + 1)) as u64
+    }
+
+    /// Rows of a layer at most.
+    pub fn max_rows(&self) -> usize {
+        self.shape.max_tokens * self.shape.n_used
+    }
+
     /// The usage record of a layer, for the device.
     pub(super) fn usage(&self, layer: usize) -> CUdeviceptr {
         self.shared.on_device() + (self.layout.usage + layer * self.layout.usage_stride) as u64
     }
 
-    /// Brings the device's map up to `version`; `fill(layer, map)` writes one layer's slots. Called
-    /// while no step of this context is running.
+    /// Brings the device's map up to version `map`, and `tables` to theirs; `fill(layer, map)` writes one layer's
+    /// slots, `tables` has `max_rows + 1` entries a layer. Called while no step of this context is running.
     ///
     /// # Errors
     /// As the driver says; the device's map must not be used then.
-    pub fn update_map(&self, version: u64, fill: impl Fn(usize, &mut [i32])) -> Result<(), CudaError> {
+    pub fn update(
+        &self,
+        version: (u64, u64),
+        fill: impl Fn(usize, &mut [i32]),
+        tables: &[u8],
+    ) -> Result<(), CudaError> {
         let mut seen = self.seen.lock();
         if *seen == version {
             return Ok(());
         }
+        assert_eq!(tables.len(), self.shape.n_layers * (self.max_rows() + 1), "a table a layer");
         self.device.bind()?;
         let n = self.shape.n_expert;
         for layer in 0..self.shape.n_layers {
@@ -256,7 +282,12 @@ impl Port {
                 unsafe { std::slice::from_raw_parts_mut(self.shadow.host().cast::<i32>().add(layer * n), n) };
             fill(layer, map);
         }
-        let bytes = self.shape.n_layers * n * size_of::<i32>();
+        // SAFETY: the shadow has room for them behind the map.
+        unsafe {
+            let at = self.shadow.host().add(self.layout.tables);
+            ptr::copy_nonoverlapping(tables.as_ptr(), at, tables.len());
+        }
+        let bytes = self.layout.epoch;
         cu!(cuMemcpyHtoDAsync_v2(self.on_device, self.shadow.host().cast(), bytes, self.stream.raw()))?;
         // 10 us, and only in steps that follow a change: cheaper than teaching ggml's stream to wait for ours
         self.stream.synchronize()?;
@@ -264,11 +295,11 @@ impl Port {
         Ok(())
     }
 
-    /// Adds what the step has routed to `usage`; how long JOIN waited, over all layers. Called when the
-    /// step has ended.
-    pub fn harvest(&self, usage: &mut StepUsage) -> Duration {
+    /// Adds what the step has routed to `usage`, and for a single token what each layer measured to `samples`;
+    /// how long JOIN waited, over all layers. Called when the step has ended.
+    pub fn harvest(&self, usage: &mut StepUsage, samples: &mut Vec<Sample>) -> Duration {
         let mut waited = Duration::ZERO;
-        let max_rows = self.shape.max_tokens * self.shape.n_used;
+        let max_rows = self.max_rows();
         for layer in 0..self.shape.n_layers {
             let record =
                 self.shared.host().wrapping_add(self.layout.usage + layer * self.layout.usage_stride);
@@ -279,21 +310,35 @@ impl Port {
                 continue;
             }
             let rows = record.wrapping_add(size_of::<UsageHeader>()).cast::<u32>();
-            let mut longest = 0;
+            // SAFETY: as above.
+            let (n_tokens, span_ns) = unsafe {
+                (
+                    ptr::read_volatile(&raw const (*header).n_tokens),
+                    ptr::read_volatile(&raw const (*header).span_ns),
+                )
+            };
+            let mut sample = Sample { layer, on_cpu: 0, on_link: 0, span_ns, wait_ns: 0 };
             for row in 0..n_rows.min(max_rows) {
                 // SAFETY: as above.
                 let (id, wait) = unsafe {
                     (ptr::read_volatile(rows.add(row)), ptr::read_volatile(rows.add(max_rows + row)))
                 };
-                usage.ids[layer].push((id & !COLD_BIT) as u16);
-                if id & COLD_BIT == 0 {
-                    usage.hits += 1;
-                } else {
-                    usage.misses += 1;
-                    longest = longest.max(wait);
+                usage.ids[layer].push((id & !(COLD_BIT | LINK_BIT)) as u16);
+                match (id & COLD_BIT != 0, id & LINK_BIT != 0) {
+                    (false, _) => usage.hits += 1,
+                    (true, false) => {
+                        sample.on_cpu += 1;
+                        sample.wait_ns = sample.wait_ns.max(wait);
+                    }
+                    (true, true) => sample.on_link += 1,
                 }
             }
-            waited += Duration::from_nanos(longest.into());
+            usage.misses += u64::from(sample.on_cpu + sample.on_link);
+            usage.linked += u64::from(sample.on_link);
+            waited += Duration::from_nanos(sample.wait_ns.into());
+            if n_tokens == 1 {
+                samples.push(sample);
+            }
             // SAFETY: as above.
             unsafe { ptr::write_volatile(&raw mut (*header).n_rows, 0) };
         }
