@@ -22,7 +22,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::kernel::{Layer, Matrix};
+use super::kernel::{Layer, Matrix, Target};
 use crate::fault;
 use crate::mailbox::{MAX_UNITS, Mailbox, Remote};
 
@@ -33,6 +33,9 @@ const ROW_ALIGN: usize = if cfg!(target_arch = "x86_64") { 16 } else { 64 };
 /// Weight bytes a unit should read, some 7 us of a core: long enough to amortise a claim that many
 /// threads compete for, short enough that 16 threads share two experts evenly.
 const UNIT_BYTES: usize = 32 << 10;
+/// Small matrices are cut in so many parts, but not into units of less than this.
+const PARTS: usize = 8;
+const MIN_UNIT_BYTES: usize = 16 << 10;
 /// How long a unit of a device's request may go on after the device has gone on without it.
 const REPORT_BOUND: Duration = Duration::from_secs(1);
 /// How long the threads of a failed request may take to leave it.
@@ -537,16 +540,14 @@ impl Engine {
         let first = chunk * req.up_rows;
         let end = (first + req.up_rows).min(n_ff);
         let project = |m: &Matrix, offset: usize, out: &Rows| {
-            for r in first..end {
-                let weights = m.row(group.expert, offset + r);
-                m.prefetch(group.expert, offset + r, offset + end);
-                for row in rows {
-                    let act = self.act_row(m, row.token as usize);
-                    // SAFETY: expert and row are in range, the activation is converted for `m`
-                    // (gate and up share a type), and this unit owns these elements of `out`.
-                    unsafe { m.dot(weights, act, out.f32(row.row as usize).add(r)) };
-                }
-            }
+            let target = |row: &ColdRow| Target {
+                act: self.act_row(m, row.token as usize),
+                // SAFETY: the row holds `n_ff` elements.
+                out: unsafe { out.f32(row.row as usize).add(first) },
+            };
+            // SAFETY: expert and rows are in range, the activations are converted for `m` (gate and up share a type),
+            // and this unit owns these elements of `out`.
+            unsafe { multiply(m, group.expert, offset + first, offset + end, rows, target) };
         };
         match (&layer.gate, layer.merged) {
             (Some(gate), _) => {
@@ -588,21 +589,49 @@ impl Engine {
         let m = &layer.down;
         let first = chunk * req.down_rows;
         let end = (first + req.down_rows).min(m.n_out);
-        for r in first..end {
-            let weights = m.row(group.expert, r);
-            m.prefetch(group.expert, r, end);
-            for row in &req.rows[group.first..group.end] {
-                let row = row.row as usize;
-                let act = if m.from_float.is_some() { self.hidden_conv.at(row) } else { self.hidden.at(row) };
-                // SAFETY: as in `hidden_rows`.
-                unsafe { m.dot(weights, act, self.out.f32(row).add(r)) };
+        let target = |row: &ColdRow| {
+            let row = row.row as usize;
+            Target {
+                act: if m.from_float.is_some() { self.hidden_conv.at(row) } else { self.hidden.at(row) },
+                // SAFETY: the row holds `n_out` elements.
+                out: unsafe { self.out.f32(row).add(first) },
             }
+        };
+        // SAFETY: as in `hidden_rows`.
+        unsafe { multiply(m, group.expert, first, end, &req.rows[group.first..group.end], target) };
+    }
+}
+
+/// Rows that an expert's weights are multiplied with while they are read once: all of an ubatch on the hot path.
+const TARGETS: usize = 8;
+
+/// [`Matrix::multiply`] for the cold rows `rows` of an expert.
+///
+/// # Safety
+/// As there, for what `target` gives.
+unsafe fn multiply(
+    m: &Matrix,
+    expert: usize,
+    first: usize,
+    end: usize,
+    rows: &[ColdRow],
+    target: impl Fn(&ColdRow) -> Target,
+) {
+    for rows in rows.chunks(TARGETS) {
+        let mut targets = [Target { act: std::ptr::null(), out: std::ptr::null_mut() }; TARGETS];
+        for (t, row) in targets.iter_mut().zip(rows) {
+            *t = target(row);
         }
+        // SAFETY: passed on.
+        unsafe { m.multiply(expert, first, end, &targets[..rows.len()]) };
     }
 }
 
 /// Rows of a chunk and number of chunks for `n` rows of `row_bytes`.
 fn chunk(n: usize, row_bytes: usize) -> (usize, usize) {
-    let rows = (UNIT_BYTES / row_bytes.max(1)).next_multiple_of(ROW_ALIGN).max(ROW_ALIGN);
+    let bytes = n * row_bytes;
+    let unit_bytes = (bytes / PARTS).clamp(MIN_UNIT_BYTES, UNIT_BYTES);
+    let parts = ((bytes + unit_bytes / 2) / unit_bytes).max(1);
+    let rows = n.div_ceil(parts).next_multiple_of(ROW_ALIGN);
     (rows, n.div_ceil(rows))
 }

@@ -51,32 +51,50 @@ impl Matrix {
         self.data.wrapping_add(expert * self.expert_bytes + row * self.row_bytes)
     }
 
-    /// Asks for the weights [`PREFETCH_BYTES`] behind `row` of `expert`, up to row `end`: a thread reads them
-    /// one row after the other, but rows cross pages, where the hardware's own prefetch stops.
-    #[inline]
-    pub fn prefetch(&self, expert: usize, row: usize, end: usize) {
-        let ahead = row + PREFETCH_BYTES.div_ceil(self.row_bytes);
-        if ahead < end {
-            let first = self.row(expert, ahead);
-            for line in (0..self.row_bytes).step_by(LINE) {
-                prefetch_line(first.wrapping_add(line));
-            }
-        }
-    }
-
-    /// `out[0] = row . act`.
+    /// Rows `first` to `end` of `expert` times each of some activations: element i of a target's output is that of
+    /// row `first + i`. The weights are read once.
     ///
     /// # Safety
-    /// `weights` points to a row of this matrix, `act` to an activation row converted for it.
-    #[inline]
-    pub unsafe fn dot(&self, weights: *const u8, act: *const u8, out: *mut f32) {
-        // SAFETY: the caller vouches for the rows, the bridge for a `vec_dot` that fits the type.
-        unsafe { (self.vec_dot)(self.n_in as c_int, out, 0, weights.cast(), 0, act.cast(), 0, 1) }
+    /// Expert and rows are in range; every activation is converted for this matrix, every output has room for
+    /// `end - first` elements.
+    pub unsafe fn multiply(&self, expert: usize, first: usize, end: usize, targets: &[Target]) {
+        let n = end - first;
+        let n_in = self.n_in as c_int;
+        let weights = |i: usize| self.row(expert, first).wrapping_add(i * self.row_bytes);
+        let dots = |i: usize| {
+            for t in targets {
+                // SAFETY: the caller vouches for the rows, the bridge for a `vec_dot` that fits the type.
+                unsafe { (self.vec_dot)(n_in, t.out.add(i), 0, weights(i).cast(), 0, t.act.cast(), 0, 1) };
+            }
+        };
+        // A thread reads one row after the other, but rows cross pages, where the hardware's own prefetch stops. Of
+        // small experts a unit reads little more than a page, and the instructions would cost more than they bring.
+        let ahead =
+            if self.expert_bytes < PREFETCH_FROM_BYTES { n } else { PREFETCH_BYTES.div_ceil(self.row_bytes) };
+        let n_ahead = n.saturating_sub(ahead);
+        for i in 0..n_ahead {
+            for line in (0..self.row_bytes).step_by(LINE) {
+                prefetch_line(weights(i + ahead).wrapping_add(line));
+            }
+            dots(i);
+        }
+        (n_ahead..n).for_each(dots);
     }
+}
+
+/// An activation row, and where its products go.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// Converted for the matrix.
+    pub act: *const u8,
+    /// The product with the first row.
+    pub out: *mut f32,
 }
 
 /// Distance of a prefetch: what a core reads from memory while a line is on its way.
 const PREFETCH_BYTES: usize = 3 << 10;
+/// Experts of fewer bytes in a matrix are not prefetched.
+const PREFETCH_FROM_BYTES: usize = 128 << 10;
 /// A cache line.
 const LINE: usize = 64;
 
