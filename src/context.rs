@@ -233,12 +233,11 @@ impl Context {
             let Measured { lanes, samples } = &mut *lanes;
             samples.clear();
             let waited = port.harvest(&mut usage, samples);
-            if !samples.is_empty() {
-                lanes.observe(samples.drain(..));
-            }
             self.counters.join_wait_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
             match port.take_fault() {
-                Ok(None) => {}
+                Ok(None) if samples.is_empty() => {}
+                // of a step that failed the times say nothing
+                Ok(None) => lanes.observe(samples.drain(..)),
                 Ok(Some(Fault::TimedOut)) => self.fail(EngineError::TimedOut(join_bound())),
                 Ok(Some(Fault::RowFailed)) => self.fail(EngineError::Failed),
                 Err(e) => self.fail(e),

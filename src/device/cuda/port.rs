@@ -211,7 +211,7 @@ impl Port {
             answers: at(self.layout.answers).cast(),
             out: at(self.layout.out).cast(),
             out_stride: self.layout.out_stride,
-            max_rows: self.shape.max_tokens * self.shape.n_used,
+            max_rows: self.max_rows(),
             memory: self.shared.clone(),
         }
     }
@@ -232,7 +232,7 @@ impl Port {
             gave_up: self.on_device + self.layout.gave_up as u64,
             posted_ns: self.on_device + self.layout.posted as u64,
             bound_ns: bound.as_nanos() as u64,
-            max_rows: (self.shape.max_tokens * self.shape.n_used) as u32,
+            max_rows: self.max_rows() as u32,
             act_stride: (self.layout.act_stride / size_of::<f32>()) as u32,
             out_stride: (self.layout.out_stride / size_of::<f32>()) as u32,
         }
