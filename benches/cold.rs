@@ -199,7 +199,8 @@ fn nodes(c: &mut Criterion, ggml: &Ggml) {
         device: ptr::null(),
         max_tokens: 0,
     };
-    option("moe-hot-k", "64");
+    // room for those in use, but not for all: those would be there from the start
+    option("moe-hot-k", "32");
     option("moe-hot-threads", "0");
     for (name, interval) in [("node/all hot", "1"), ("node/all cold", "1048576")] {
         option("moe-hot-rebalance-interval", interval);
@@ -234,6 +235,7 @@ fn nodes(c: &mut Criterion, ggml: &Ggml) {
                 token();
                 std::thread::sleep(Duration::from_millis(1));
             }
+            assert!(slots.iter().all(|s| (*s >= 0) == (interval == "1")), "{name}: {slots:?}");
             c.bench_function(name, |b| b.iter(&mut token));
             ffi::moe_hot_context_free(ctx);
         }
