@@ -32,6 +32,7 @@ fn bindings(root: &Path, out: &Path) {
         .allowlist_type("ggml_tensor")
         .allowlist_type("ggml_custom_op_t")
         .allowlist_type("ggml_log_level")
+        .allowlist_type("ggml_type")
         .default_enum_style(bindgen::EnumVariation::Consts)
         .prepend_enum_name(false)
         .derive_debug(false)

@@ -1,22 +1,24 @@
 //! The cold engine by weight type and the two nodes of a layer, with ggml's own row functions from
 //! build/bin (MOE_HOT_BUILD_DIR); without a build there is nothing to measure, and that is said.
 //!
-//! `cold/TYPE`: one thread computes a token's 8 cold experts of a layer 1024 wide with 512 hidden units;
-//! the experts are taken in turn from more memory than the caches hold. `node/...`: DISPATCH and JOIN of
+//! `cold/TYPE/KERNEL`: one thread computes a token's 8 cold experts of a layer 1024 wide with 512 hidden units, by
+//! ggml's dot product and by our row kernel; the experts are taken in turn from more memory than the caches hold. `node/...`: DISPATCH and JOIN of
 //! a layer whose experts all have slots, and of one that has none but no weights to speak of.
+
+#[path = "../tests/ggml/mod.rs"]
+mod ggml;
 
 use std::{
     ffi::{CString, c_char, c_int, c_void},
     hint::black_box,
-    path::PathBuf,
     ptr,
-    sync::Arc,
     time::Duration,
 };
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use ggml::Ggml;
 use moe_hot::{
-    cold::{Activation, ColdRow, Engine, Layer, Matrix, kernel},
+    cold::{Activation, ColdRow, Engine, Layer},
     ffi,
     ggml::ggml_tensor,
 };
@@ -40,69 +42,6 @@ const TYPES: [(i32, &str, usize, usize); 9] = [
     (1, "f16", 1, 2),
 ];
 
-/// `ggml_type_traits_cpu`.
-#[repr(C)]
-struct Traits {
-    from_float: Option<kernel::FromFloat>,
-    vec_dot: Option<kernel::VecDot>,
-    vec_dot_type: c_int,
-    nrows: i64,
-}
-
-struct Ggml {
-    cpu: libloading::Library,
-    base: libloading::Library,
-}
-
-impl Ggml {
-    fn load() -> Option<Self> {
-        let dir = std::env::var_os("MOE_HOT_BUILD_DIR")
-            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("build"), PathBuf::from);
-        // SAFETY: ggml's libraries do nothing on load that a benchmark minds.
-        unsafe {
-            let base = libloading::Library::new(dir.join("bin/libggml-base.so")).ok()?;
-            let cpu = libloading::Library::new(dir.join("bin/libggml-cpu.so")).ok()?;
-            cpu.get::<unsafe extern "C" fn()>(b"ggml_cpu_init").ok()?();
-            Some(Ggml { cpu, base })
-        }
-    }
-
-    fn traits(&self, ty: i32) -> &Traits {
-        // SAFETY: the signature is the header's; the table is static.
-        unsafe {
-            let get: libloading::Symbol<unsafe extern "C" fn(c_int) -> *const Traits> =
-                self.cpu.get(b"ggml_get_type_traits_cpu").unwrap();
-            &*get(ty)
-        }
-    }
-
-    fn row_bytes(&self, ty: i32, n: usize) -> usize {
-        // SAFETY: the signature is the header's.
-        unsafe {
-            let get: libloading::Symbol<unsafe extern "C" fn(c_int, i64) -> usize> =
-                self.base.get(b"ggml_row_size").unwrap();
-            get(ty, n as i64)
-        }
-    }
-
-    fn matrix(&self, data: *const u8, ty: i32, n_in: usize, n_out: usize) -> Matrix {
-        let t = self.traits(ty);
-        let row_bytes = self.row_bytes(ty, n_in);
-        Matrix {
-            buffer: None,
-            data,
-            ty,
-            n_in,
-            n_out,
-            row_bytes,
-            expert_bytes: n_out * row_bytes,
-            vec_dot: t.vec_dot.unwrap(),
-            from_float: self.traits(t.vec_dot_type).from_float,
-            act_row_bytes: self.row_bytes(t.vec_dot_type, n_in),
-        }
-    }
-}
-
 unsafe extern "C" fn swiglu(n: c_int, y: *mut f32, x: *const f32, g: *const f32) {
     for i in 0..n as usize {
         // SAFETY: the engine passes n elements each.
@@ -118,33 +57,44 @@ fn cold(c: &mut Criterion, ggml: &Ggml) {
         // small positive bytes: no block has a scale that is not a number
         let data: Vec<u8> = (0..n_expert * expert).map(|i| (i % 47) as u8).collect();
         let at = |part: usize| data[part * n_expert * expert / 3..].as_ptr();
-        let layer = Layer {
-            il: 0,
-            n_expert,
-            n_used: N_USED,
-            gate: Some(ggml.matrix(at(0), ty, N_EMBD, N_FF)),
-            up: ggml.matrix(at(1), ty, N_EMBD, N_FF),
-            down: ggml.matrix(at(2), ty, N_FF, N_EMBD),
-            merged: false,
-            activation: Activation::Gated(swiglu),
+        let matrix = |part: usize, n_in, n_out, ours: bool| {
+            let mut m = ggml.matrix(at(part), ty, n_in, n_out);
+            if ours {
+                m.use_row_kernel();
+            }
+            m
         };
-        let layers: Arc<[Layer]> = [layer].into();
-        let engine = Engine::new(layers.clone(), 1, None);
-        let mut first = 0;
-        let mut group = c.benchmark_group("cold");
-        group.throughput(Throughput::Bytes((N_USED * layers[0].expert_bytes()) as u64));
-        group.bench_function(name, |b| {
-            b.iter(|| {
-                first = (first + N_USED) % n_expert;
-                let row = |k| ColdRow { expert: (first + k) as u32, token: 0, row: k as u32 };
-                let rows: Vec<_> = (0..N_USED).map(row).collect();
-                // SAFETY: one request at a time, with an activation row of N_EMBD.
-                unsafe { engine.post(0, 1, &rows, |_| act.as_ptr()) };
-                engine.finish(Duration::from_secs(1)).unwrap();
-                // SAFETY: the request is finished.
-                black_box(unsafe { engine.output(0, N_EMBD) }[0])
+        let mut group = c.benchmark_group(format!("cold/{name}"));
+        for (kernel, ours) in [("ggml", false), ("rows", true)] {
+            let layer = Layer {
+                il: 0,
+                n_expert,
+                n_used: N_USED,
+                gate: Some(matrix(0, N_EMBD, N_FF, ours)),
+                up: matrix(1, N_EMBD, N_FF, ours),
+                down: matrix(2, N_FF, N_EMBD, ours),
+                merged: false,
+                activation: Activation::Gated(swiglu),
+            };
+            if ours && layer.up.kernel.is_none() {
+                continue;
+            }
+            group.throughput(Throughput::Bytes((N_USED * layer.expert_bytes()) as u64));
+            let engine = Engine::new([layer].into(), 1, None);
+            let mut first = 0;
+            group.bench_function(kernel, |b| {
+                b.iter(|| {
+                    first = (first + N_USED) % n_expert;
+                    let row = |k| ColdRow { expert: (first + k) as u32, token: 0, row: k as u32 };
+                    let rows: Vec<_> = (0..N_USED).map(row).collect();
+                    // SAFETY: one request at a time, with an activation row of N_EMBD.
+                    unsafe { engine.post(0, 1, &rows, |_| act.as_ptr()) };
+                    engine.finish(Duration::from_secs(1)).unwrap();
+                    // SAFETY: the request is finished.
+                    black_box(unsafe { engine.output(0, N_EMBD) }[0])
+                });
             });
-        });
+        }
     }
 }
 

@@ -822,6 +822,7 @@ fn to_matrix(m: &moe_hot_matrix, what: &str) -> Result<Option<Matrix>, String> {
         vec_dot: m.vec_dot.ok_or(format!("{what} has no vec_dot"))?,
         from_float: m.from_float,
         act_row_bytes: m.act_row_bytes,
+        kernel: None,
     }))
 }
 

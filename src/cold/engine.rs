@@ -227,10 +227,10 @@ impl Engine {
             hidden_ready: (0..rows).map(|_| AtomicU32::new(0)).collect(),
             down_done: (0..rows).map(|_| AtomicU32::new(0)).collect(),
             act,
-            act_conv: Rows::new(max_tokens, max(&|l| l.up.act_row_bytes)),
+            act_conv: Rows::new(max_tokens, max(&|l| l.up.converted_bytes())),
             hidden: Rows::new(rows, max(&|l| l.n_ff()) * f32s),
             up: Rows::new(rows, max(&|l| l.n_ff()) * f32s),
-            hidden_conv: Rows::new(rows, max(&|l| l.down.act_row_bytes)),
+            hidden_conv: Rows::new(rows, max(&|l| l.down.converted_bytes())),
             out,
             busy_ns: AtomicU64::new(0),
             layers,
@@ -522,10 +522,8 @@ impl Engine {
     }
 
     fn convert(&self, layer: &Layer, token: usize) {
-        if let Some(from_float) = layer.up.from_float {
-            // SAFETY: both rows hold `n_embd` elements in their format; this unit owns the target.
-            unsafe { from_float(self.act.f32(token), self.act_conv.at(token).cast(), layer.n_embd() as i64) };
-        }
+        // SAFETY: the rows hold `n_embd` elements in their format; this unit owns the target.
+        unsafe { layer.up.convert(self.act.f32(token), self.act_conv.at(token)) };
     }
 
     /// The activation row of `token` as the first projections take it.
@@ -575,12 +573,11 @@ impl Engine {
     }
 
     fn convert_hidden(&self, layer: &Layer, req: &Request, g: usize) {
-        let Some(from_float) = layer.down.from_float else { return };
         let group = req.groups[g];
         for row in &req.rows[group.first..group.end] {
             let row = row.row as usize;
             // SAFETY: all chunks of the group are done, and this thread is the last of them.
-            unsafe { from_float(self.hidden.f32(row), self.hidden_conv.at(row).cast(), layer.n_ff() as i64) };
+            unsafe { layer.down.convert(self.hidden.f32(row), self.hidden_conv.at(row)) };
         }
     }
 

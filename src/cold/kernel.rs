@@ -2,6 +2,8 @@
 
 use std::ffi::{c_int, c_void};
 
+use super::rows::{RowKernel, Rows};
+
 /// ggml's dot product of one weight row with one converted activation row
 /// (`ggml_type_traits_cpu.vec_dot`, always with `nrc = 1` and strides 0).
 pub type VecDot =
@@ -36,6 +38,8 @@ pub struct Matrix {
     pub from_float: Option<FromFloat>,
     /// Bytes of a converted activation row of `n_in` elements.
     pub act_row_bytes: usize,
+    /// What multiplies instead of `vec_dot`, if anything.
+    pub kernel: Option<RowKernel>,
 }
 
 // SAFETY: `data` is only read, and the model that owns it outlives every user: the layer is dropped
@@ -51,6 +55,37 @@ impl Matrix {
         self.data.wrapping_add(expert * self.expert_bytes + row * self.row_bytes)
     }
 
+    /// Uses our kernel for the type on this CPU, if there is one. Before the first activation is converted.
+    pub fn use_row_kernel(&mut self) {
+        self.kernel = RowKernel::find(self.ty, self.n_in, self.row_bytes, self.act_row_bytes);
+    }
+
+    /// Bytes of what [`Matrix::convert`] writes.
+    pub fn converted_bytes(&self) -> usize {
+        self.kernel.map_or(0, |k| (k.act_bytes)(self.n_in)) + self.act_row_bytes
+    }
+
+    /// Converts an activation for [`Matrix::multiply`]; false when that takes it as it is.
+    ///
+    /// # Safety
+    /// `act` has `n_in` elements; `out` has `converted_bytes` and is aligned to 64.
+    pub unsafe fn convert(&self, act: *const f32, out: *mut u8) -> bool {
+        let Some(from_float) = self.from_float else { return false };
+        let n_in = self.n_in;
+        // SAFETY: the caller vouches for both rows; ggml's format lies behind the prepared one.
+        unsafe {
+            match &self.kernel {
+                None => from_float(act, out.cast(), n_in as i64),
+                Some(k) => {
+                    let ggml = out.add((k.act_bytes)(n_in));
+                    from_float(act, ggml.cast(), n_in as i64);
+                    k.prepare(n_in, ggml, out);
+                }
+            }
+        }
+        true
+    }
+
     /// Rows `first` to `end` of `expert` times each of some activations: element i of a target's output is that of
     /// row `first + i`. The weights are read once.
     ///
@@ -59,6 +94,16 @@ impl Matrix {
     /// `end - first` elements.
     pub unsafe fn multiply(&self, expert: usize, first: usize, end: usize, targets: &[Target]) {
         let n = end - first;
+        // A thread reads one row after the other, but rows cross pages, where the hardware's own prefetch stops. Of
+        // small experts a unit reads little more than a page, and the instructions would cost more than they bring.
+        let ahead = if self.expert_bytes < PREFETCH_FROM_BYTES { 0 } else { PREFETCH_BYTES };
+        if let Some(kernel) = &self.kernel {
+            let first = self.row(expert, first);
+            let rows = Rows { first, n, row_bytes: self.row_bytes, n_in: self.n_in, ahead };
+            // SAFETY: passed on.
+            unsafe { kernel.multiply(&rows, targets) };
+            return;
+        }
         let n_in = self.n_in as c_int;
         let weights = |i: usize| self.row(expert, first).wrapping_add(i * self.row_bytes);
         let dots = |i: usize| {
@@ -67,14 +112,10 @@ impl Matrix {
                 unsafe { (self.vec_dot)(n_in, t.out.add(i), 0, weights(i).cast(), 0, t.act.cast(), 0, 1) };
             }
         };
-        // A thread reads one row after the other, but rows cross pages, where the hardware's own prefetch stops. Of
-        // small experts a unit reads little more than a page, and the instructions would cost more than they bring.
-        let ahead =
-            if self.expert_bytes < PREFETCH_FROM_BYTES { n } else { PREFETCH_BYTES.div_ceil(self.row_bytes) };
-        let n_ahead = n.saturating_sub(ahead);
+        let n_ahead = if ahead > 0 { n.saturating_sub(ahead.div_ceil(self.row_bytes)) } else { 0 };
         for i in 0..n_ahead {
             for line in (0..self.row_bytes).step_by(LINE) {
-                prefetch_line(weights(i + ahead).wrapping_add(line));
+                prefetch_line(weights(i).wrapping_add(ahead + line));
             }
             dots(i);
         }

@@ -10,6 +10,7 @@
 pub mod engine;
 pub mod kernel;
 pub mod pool;
+pub mod rows;
 
 pub use engine::{ColdRow, Engine, EngineError, join_bound};
 pub use kernel::{Activation, Layer, Matrix};

@@ -1,0 +1,733 @@
+//! With AVX-512 and VNNI: 64 weights in a register, four products and their sum in an instruction.
+//!
+//! `dpbusd` multiplies unsigned by signed bytes. Weights are the unsigned side, moved up by an offset where the type
+//! has negative ones; the prepared activation holds what that adds to each lane, negated, and sums start from it.
+//! The k-quants have no offset: their scales differ every 16 or 32 weights, so pairs are summed to 16 bits
+//! (`maddubs`; at most 63 * 127 * 2), which `dpwssd` multiplies by the scale and adds.
+
+use std::arch::x86_64::*;
+
+use super::{IQ4_VALUES, MAX_AT_ONCE, MXFP4_VALUES, RowKernel, Rows, TABLE_OFFSET};
+use crate::{cold::kernel::Target, ggml};
+
+pub fn is_available() -> bool {
+    is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni")
+}
+
+pub fn kernel(ty: i32) -> Option<RowKernel> {
+    Some(match ty as u32 {
+        ggml::GGML_TYPE_Q4_0 => of::<Q4_0>("q4_0 avx512"),
+        ggml::GGML_TYPE_IQ4_NL => of::<Iq4Nl>("iq4_nl avx512"),
+        ggml::GGML_TYPE_MXFP4 => of::<Mxfp4>("mxfp4 avx512"),
+        ggml::GGML_TYPE_Q8_0 => of::<Q8_0>("q8_0 avx512"),
+        ggml::GGML_TYPE_Q4_K => of::<Q4K>("q4_K avx512"),
+        ggml::GGML_TYPE_Q5_K => of::<Q5K>("q5_K avx512"),
+        ggml::GGML_TYPE_Q6_K => of::<Q6K>("q6_K avx512"),
+        ggml::GGML_TYPE_IQ4_XS => of::<Iq4Xs>("iq4_xs avx512"),
+        _ => return None,
+    })
+}
+
+fn of<F: Format>(name: &'static str) -> RowKernel {
+    RowKernel {
+        name,
+        act_bytes: |n_in| n_in.div_ceil(F::N) * size_of::<F::Act>(),
+        prepare: prepare::<F>,
+        multiply: multiply::<F>,
+    }
+}
+
+/// A row's product with an activation, so far.
+#[derive(Clone, Copy)]
+struct Sum {
+    products: __m512,
+    /// What the minimums of a type take away; kept apart, since it is as large as what remains.
+    mins: __m128,
+}
+
+impl Sum {
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    fn zero() -> Self {
+        Sum { products: _mm512_setzero_ps(), mins: _mm_setzero_ps() }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    fn add(self, products: __m512, scale: __m512) -> Self {
+        Sum { products: _mm512_fmadd_ps(products, scale, self.products), ..self }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    fn total(self) -> f32 {
+        // in double precision, since products and minimums nearly cancel each other
+        let low = _mm512_cvtps_pd(_mm512_castps512_ps256(self.products));
+        let high = _mm512_cvtps_pd(_mm256_castsi256_ps(_mm512_extracti64x4_epi64::<1>(_mm512_castps_si512(
+            self.products,
+        ))));
+        let mins = _mm512_zextpd256_pd512(_mm256_cvtps_pd(self.mins));
+        _mm512_reduce_add_pd(_mm512_sub_pd(_mm512_add_pd(low, high), mins)) as f32
+    }
+}
+
+/// How rows of a type are multiplied, step by step.
+trait Format {
+    /// Elements of a step.
+    const N: usize;
+    /// Its bytes in a row, and in an activation as ggml has it.
+    const BYTES: usize;
+    const GGML_ACT_BYTES: usize;
+    /// The prepared activation of a step; all of them are aligned to 64 bytes.
+    type Act;
+    /// The weights of a step in registers.
+    type Weights;
+
+    /// # Safety
+    /// As all functions here: the CPU has the instructions, and the pointers a step's bytes.
+    unsafe fn prepare(act: *const u8) -> Self::Act;
+    unsafe fn decode(w: *const u8) -> Self::Weights;
+    /// Adds the products to `sum`.
+    unsafe fn dot(w: &Self::Weights, act: &Self::Act, sum: Sum) -> Sum;
+}
+
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn prepare<F: Format>(n_in: usize, act: *const u8, out: *mut u8) {
+    let out = out.cast::<F::Act>();
+    let (steps, rest) = (n_in / F::N, n_in % F::N);
+    for s in 0..steps {
+        // SAFETY: the caller vouches for both rows.
+        unsafe { out.add(s).write(F::prepare(act.add(s * F::GGML_ACT_BYTES))) };
+    }
+    if rest > 0 {
+        // SAFETY: as above; the rest of the step are blocks of zeroes.
+        unsafe {
+            let last = padded(act.add(steps * F::GGML_ACT_BYTES), rest * F::GGML_ACT_BYTES / F::N);
+            out.add(steps).write(F::prepare(last.as_ptr()));
+        }
+    }
+}
+
+/// The longest step of blocks of 32, which are those that can end within one.
+const PADDED: usize = 4 * 34;
+
+/// `n` bytes and zeroes.
+unsafe fn padded(from: *const u8, n: usize) -> [u8; PADDED] {
+    let mut out = [0; PADDED];
+    // SAFETY: the caller has `n` bytes; more than a step are none.
+    unsafe { std::ptr::copy_nonoverlapping(from, out[..n].as_mut_ptr(), n) };
+    out
+}
+
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn multiply<F: Format>(rows: &Rows, targets: &[Target]) {
+    const { assert!(MAX_AT_ONCE == 4) };
+    // SAFETY: passed on.
+    unsafe {
+        match *targets {
+            [a] => multiply_by::<F, 1>(rows, [a]),
+            [a, b] => multiply_by::<F, 2>(rows, [a, b]),
+            [a, b, c] => multiply_by::<F, 3>(rows, [a, b, c]),
+            [a, b, c, d] => multiply_by::<F, 4>(rows, [a, b, c, d]),
+            _ => unreachable!("the caller passes 1 to {MAX_AT_ONCE}"),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn multiply_by<F: Format, const T: usize>(rows: &Rows, targets: [Target; T]) {
+    let (steps, rest) = (rows.n_in / F::N, rows.n_in % F::N);
+    let acts = targets.map(|t| t.act.cast::<F::Act>());
+    let last = rows.first.wrapping_add(rows.n * rows.row_bytes - 1);
+    for i in 0..rows.n {
+        let mut w = rows.first.wrapping_add(i * rows.row_bytes);
+        let mut sums = [Sum::zero(); T];
+        for s in 0..steps {
+            if rows.ahead > 0 {
+                for line in 0..F::BYTES.div_ceil(LINE) {
+                    // what follows the rows is another thread's to read
+                    let at = w.wrapping_add(rows.ahead + line * LINE).min(last);
+                    _mm_prefetch::<_MM_HINT_T0>(at.cast());
+                }
+            }
+            // SAFETY: the caller vouches for rows and activations.
+            unsafe {
+                let weights = F::decode(w);
+                for t in 0..T {
+                    sums[t] = F::dot(&weights, &*acts[t].add(s), sums[t]);
+                }
+            }
+            w = w.wrapping_add(F::BYTES);
+        }
+        if rest > 0 {
+            // SAFETY: as above; blocks of zeroes meet blocks of zeroes.
+            unsafe {
+                let weights = F::decode(padded(w, rest * F::BYTES / F::N).as_ptr());
+                for t in 0..T {
+                    sums[t] = F::dot(&weights, &*acts[t].add(steps), sums[t]);
+                }
+            }
+        }
+        for t in 0..T {
+            // SAFETY: outputs have room for `rows.n`.
+            unsafe { targets[t].out.add(i).write(sums[t].total()) };
+        }
+    }
+}
+
+const LINE: usize = 64;
+
+/// Four pieces of 16 bytes, `stride` apart.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn pieces<const STRIDE: usize>(at: *const u8) -> __m512i {
+    // SAFETY: the caller has the bytes.
+    unsafe {
+        let piece = |i: usize| _mm_loadu_si128(at.add(i * STRIDE).cast());
+        let x = _mm512_castsi128_si512(piece(0));
+        let x = _mm512_inserti32x4::<1>(x, piece(1));
+        let x = _mm512_inserti32x4::<2>(x, piece(2));
+        _mm512_inserti32x4::<3>(x, piece(3))
+    }
+}
+
+/// Two pieces of 32 bytes, `stride` apart.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn halves<const STRIDE: usize>(at: *const u8) -> __m512i {
+    // SAFETY: the caller has the bytes.
+    unsafe {
+        let x = _mm512_castsi256_si512(_mm256_loadu_si256(at.cast()));
+        _mm512_inserti64x4::<1>(x, _mm256_loadu_si256(at.add(STRIDE).cast()))
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn load(at: *const u8) -> __m512i {
+    // SAFETY: the caller has 64 bytes.
+    unsafe { _mm512_loadu_si512(at.cast()) }
+}
+
+/// The low and the high nibbles of all bytes.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn nibbles(x: __m512i) -> [__m512i; 2] {
+    let low = _mm512_set1_epi8(0x0f);
+    [_mm512_and_si512(x, low), _mm512_and_si512(_mm512_srli_epi16::<4>(x), low)]
+}
+
+/// The values that nibbles stand for.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn values(table: &[u8; 16], nibbles: [__m512i; 2]) -> [__m512i; 2] {
+    // SAFETY: the table has 16 bytes.
+    let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
+    nibbles.map(|n| _mm512_shuffle_epi8(table, n))
+}
+
+/// What weights that are `offset` too large add to a lane's sum of products with these activations, negated.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn correction<const N: usize>(acts: [__m512i; N], offset: i32) -> __m512i {
+    let ones = _mm512_set1_epi8(1);
+    let sum = acts.into_iter().fold(_mm512_setzero_si512(), |sum, a| _mm512_dpbusd_epi32(sum, ones, a));
+    _mm512_mullo_epi32(sum, _mm512_set1_epi32(-offset))
+}
+
+/// 16-bit words of a register by their index, converted from half precision.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn words_to_f32(index: [i16; 16], from: __m512i) -> __m512 {
+    // SAFETY: the array has 32 bytes.
+    let index = unsafe { _mm256_loadu_si256(index.as_ptr().cast()) };
+    let words = _mm512_permutexvar_epi16(_mm512_castsi256_si512(index), from);
+    _mm512_cvtph_ps(_mm512_castsi512_si256(words))
+}
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn half(at: *const u8) -> f32 {
+    // SAFETY: the caller has two bytes.
+    let bits = unsafe { at.cast::<i16>().read_unaligned() };
+    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits.into())))
+}
+
+/// `N` times each of four values, or of two.
+const fn spread<T: Copy, const N: usize, const M: usize>(values: [T; N]) -> [T; M] {
+    let mut out = [values[0]; M];
+    let mut i = 0;
+    while i < M {
+        out[i] = values[i * N / M];
+        i += 1;
+    }
+    out
+}
+
+/// Four blocks of 32 with an activation of q8_0: a block's 16 bytes are a quarter of a register, their low nibbles
+/// its first 16 weights, the high ones the others.
+#[repr(C, align(64))]
+struct FourBlocks {
+    low: __m512i,
+    high: __m512i,
+    correction: __m512i,
+    scale: __m512,
+}
+
+struct Nibbles {
+    q: [__m512i; 2],
+    scale: __m512,
+}
+
+const Q8_0_BYTES: usize = 34;
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn prepare_nibbles(act: *const u8, offset: i32) -> FourBlocks {
+    // SAFETY: the caller has four blocks.
+    unsafe {
+        let low = pieces::<Q8_0_BYTES>(act.add(2));
+        let high = pieces::<Q8_0_BYTES>(act.add(2 + 16));
+        let scales: [f32; 4] = std::array::from_fn(|i| half(act.add(i * Q8_0_BYTES)));
+        let scale = _mm512_loadu_ps(spread::<_, 4, 16>(scales).as_ptr());
+        FourBlocks { low, high, correction: correction([low, high], offset), scale }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn dot_nibbles(w: &Nibbles, act: &FourBlocks, sum: Sum) -> Sum {
+    let products = _mm512_dpbusd_epi32(act.correction, w.q[0], act.low);
+    let products = _mm512_dpbusd_epi32(products, w.q[1], act.high);
+    sum.add(_mm512_cvtepi32_ps(products), _mm512_mul_ps(w.scale, act.scale))
+}
+
+/// q4_0 and iq4_nl: a scale in half precision, then 16 bytes.
+const Q4_BYTES: usize = 18;
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn q4_scales(w: *const u8) -> __m512 {
+    // the last of the scales begins at byte 54
+    // SAFETY: the caller has four blocks, 72 bytes.
+    words_to_f32(const { spread([0, 9, 18, 27]) }, unsafe { load(w) })
+}
+
+macro_rules! four_blocks {
+    ($name:ident, $bytes:expr, $offset:expr, |$w:ident| $decode:expr) => {
+        struct $name;
+
+        impl Format for $name {
+            const N: usize = 4 * 32;
+            const BYTES: usize = 4 * $bytes;
+            const GGML_ACT_BYTES: usize = 4 * Q8_0_BYTES;
+            type Act = FourBlocks;
+            type Weights = Nibbles;
+
+            #[inline]
+            #[target_feature(enable = "avx512bw,avx512vnni")]
+            unsafe fn prepare(act: *const u8) -> FourBlocks {
+                // SAFETY: passed on.
+                unsafe { prepare_nibbles(act, $offset) }
+            }
+
+            #[inline]
+            #[target_feature(enable = "avx512bw,avx512vnni")]
+            unsafe fn decode($w: *const u8) -> Nibbles {
+                // SAFETY: passed on.
+                unsafe { $decode }
+            }
+
+            #[inline]
+            #[target_feature(enable = "avx512bw,avx512vnni")]
+            unsafe fn dot(w: &Nibbles, act: &FourBlocks, sum: Sum) -> Sum {
+                dot_nibbles(w, act, sum)
+            }
+        }
+    };
+}
+
+four_blocks!(Q4_0, Q4_BYTES, 8, |w| Nibbles {
+    q: nibbles(pieces::<Q4_BYTES>(w.add(2))),
+    scale: q4_scales(w)
+});
+
+four_blocks!(Iq4Nl, Q4_BYTES, TABLE_OFFSET, |w| Nibbles {
+    q: values(&IQ4_VALUES, nibbles(pieces::<Q4_BYTES>(w.add(2)))),
+    scale: q4_scales(w),
+});
+
+/// mxfp4: an exponent, then 16 bytes.
+const MXFP4_BYTES: usize = 17;
+
+four_blocks!(Mxfp4, MXFP4_BYTES, TABLE_OFFSET, |w| Nibbles {
+    q: values(&MXFP4_VALUES, nibbles(pieces::<MXFP4_BYTES>(w.add(1)))),
+    scale: mxfp4_scales(w),
+});
+
+/// Half of what the exponents say, since the table's values are doubled: 2^(e - 128).
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn mxfp4_scales(w: *const u8) -> __m512 {
+    // SAFETY: the caller has four blocks.
+    let x = unsafe { pieces::<MXFP4_BYTES>(w) };
+    // the first byte of each quarter to all its lanes
+    let e = _mm512_shuffle_epi8(x, _mm512_set1_epi32(0x8080_8000_u32 as i32));
+    let bits = _mm512_slli_epi32::<23>(_mm512_sub_epi32(e, _mm512_set1_epi32(1)));
+    // the two smallest are denormal
+    let small = _mm512_cmplt_epu32_mask(e, _mm512_set1_epi32(2));
+    _mm512_castsi512_ps(_mm512_mask_sllv_epi32(bits, small, _mm512_set1_epi32(0x0020_0000), e))
+}
+
+/// q8_0 by q8_0, two blocks.
+struct Q8_0;
+
+#[repr(C, align(64))]
+struct TwoBlocks {
+    q: __m512i,
+    correction: __m512i,
+    scale: __m512,
+}
+
+struct Bytes {
+    q: __m512i,
+    scale: __m512,
+}
+
+impl Q8_0 {
+    /// The scales of two blocks, each for half of the lanes.
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn scales(at: *const u8) -> __m512 {
+        // SAFETY: the caller has two blocks, 68 bytes.
+        words_to_f32(const { spread([0, 17]) }, unsafe { load(at) })
+    }
+}
+
+impl Format for Q8_0 {
+    const N: usize = 2 * 32;
+    const BYTES: usize = 2 * Q8_0_BYTES;
+    const GGML_ACT_BYTES: usize = 2 * Q8_0_BYTES;
+    type Act = TwoBlocks;
+    type Weights = Bytes;
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn prepare(act: *const u8) -> TwoBlocks {
+        // SAFETY: passed on.
+        unsafe {
+            let q = halves::<Q8_0_BYTES>(act.add(2));
+            TwoBlocks { q, correction: correction([q], 128), scale: Q8_0::scales(act) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn decode(w: *const u8) -> Bytes {
+        // SAFETY: passed on.
+        unsafe {
+            let signed = halves::<Q8_0_BYTES>(w.add(2));
+            Bytes { q: _mm512_xor_si512(signed, _mm512_set1_epi8(-128)), scale: Q8_0::scales(w) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn dot(w: &Bytes, act: &TwoBlocks, sum: Sum) -> Sum {
+        let products = _mm512_dpbusd_epi32(act.correction, w.q, act.q);
+        sum.add(_mm512_cvtepi32_ps(products), _mm512_mul_ps(w.scale, act.scale))
+    }
+}
+
+/// `block_q8_K`: f32 scale, 256 bytes, the sums of each 16 in 16 bits.
+const Q8_K_BYTES: usize = 4 + 256 + 32;
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn q8_k_scale(act: *const u8) -> f32 {
+    // SAFETY: the caller has a block.
+    unsafe { act.cast::<f32>().read_unaligned() }
+}
+
+/// The activation of a k-quant's 256 weights.
+#[repr(C, align(64))]
+struct Super {
+    q: [__m512i; 4],
+    /// Of as many activations as share a minimum (q4_K, q5_K: 32) or a scale (q6_K: 16).
+    sums: __m256i,
+    scale: f32,
+}
+
+/// Weights as two times 32 bytes and two times 32 nibbles: `[0, 32) + [64, 96)`, `[32, 64) + [96, 128)`, and so on.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn prepare_q45_k(act: *const u8) -> Super {
+    // SAFETY: the caller has a block.
+    unsafe {
+        let q = act.add(4);
+        let sums = _mm256_loadu_si256(act.add(4 + 256).cast());
+        let pairs = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+        let sums = _mm_packs_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
+        Super {
+            q: [0, 32, 128, 160].map(|first| halves::<64>(q.add(first))),
+            sums: _mm256_zextsi128_si256(sums),
+            scale: q8_k_scale(act),
+        }
+    }
+}
+
+struct WithMins {
+    q: [__m512i; 4],
+    /// In 16 bits, for pairs of weights.
+    scales: [__m512i; 4],
+    mins: __m128i,
+    d: f32,
+    d_min: f32,
+}
+
+/// What q4_K and q5_K begin with: two scales in half precision, eight 6-bit scales and minimums.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn decode_q45_k(w: *const u8, q: [__m512i; 4]) -> WithMins {
+    // SAFETY: the caller has a block.
+    let [a, b, c] = unsafe { w.add(4).cast::<[u32; 3]>().read_unaligned() };
+    let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    let scales = pair(a & 0x3f3f_3f3f, c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030);
+    let mins = pair(b & 0x3f3f_3f3f, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030);
+    let words = |x: u64| _mm_cvtepu8_epi16(_mm_cvtsi64_si128(x as i64));
+    let all = _mm512_castsi128_si512(words(scales));
+    const INDEX: [[i16; 32]; 4] = [spread([0, 2]), spread([1, 3]), spread([4, 6]), spread([5, 7])];
+    WithMins {
+        q,
+        // SAFETY: the arrays have 64 bytes.
+        scales: INDEX.map(|i| _mm512_permutexvar_epi16(unsafe { load(i.as_ptr().cast()) }, all)),
+        mins: words(mins),
+        // SAFETY: as above.
+        d: unsafe { half(w) },
+        d_min: unsafe { half(w.add(2)) },
+    }
+}
+
+/// The sum of pairs of products by their scales.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn scaled(q: &[__m512i; 4], scales: &[__m512i; 4], act: &[__m512i; 4]) -> __m512i {
+    let add = |sum, i: usize| _mm512_dpwssd_epi32(sum, _mm512_maddubs_epi16(q[i], act[i]), scales[i]);
+    let zero = _mm512_setzero_si512();
+    _mm512_add_epi32(add(add(zero, 0), 1), add(add(zero, 2), 3))
+}
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn dot_q45_k(w: &WithMins, act: &Super, sum: Sum) -> Sum {
+    let sum = sum.add(_mm512_cvtepi32_ps(scaled(&w.q, &w.scales, &act.q)), _mm512_set1_ps(w.d * act.scale));
+    let mins = _mm_cvtepi32_ps(_mm_madd_epi16(w.mins, _mm256_castsi256_si128(act.sums)));
+    Sum { mins: _mm_fmadd_ps(mins, _mm_set1_ps(w.d_min * act.scale), sum.mins), ..sum }
+}
+
+macro_rules! with_mins {
+    ($name:ident, $bytes:expr, |$w:ident| $decode:expr) => {
+        struct $name;
+
+        impl Format for $name {
+            const N: usize = 256;
+            const BYTES: usize = $bytes;
+            const GGML_ACT_BYTES: usize = Q8_K_BYTES;
+            type Act = Super;
+            type Weights = WithMins;
+
+            #[inline]
+            #[target_feature(enable = "avx512bw,avx512vnni")]
+            unsafe fn prepare(act: *const u8) -> Super {
+                // SAFETY: passed on.
+                unsafe { prepare_q45_k(act) }
+            }
+
+            #[inline]
+            #[target_feature(enable = "avx512bw,avx512vnni")]
+            unsafe fn decode($w: *const u8) -> WithMins {
+                // SAFETY: passed on.
+                unsafe { decode_q45_k($w, $decode) }
+            }
+
+            #[inline]
+            #[target_feature(enable = "avx512bw,avx512vnni")]
+            unsafe fn dot(w: &WithMins, act: &Super, sum: Sum) -> Sum {
+                dot_q45_k(w, act, sum)
+            }
+        }
+    };
+}
+
+/// Before the weights of q4_K, and before the high bits of those of q5_K.
+const HEAD: usize = 2 + 2 + 12;
+
+with_mins!(Q4K, HEAD + 128, |w| {
+    let [a, b] = nibbles(load(w.add(HEAD)));
+    let [c, d] = nibbles(load(w.add(HEAD + 64)));
+    [a, b, c, d]
+});
+
+with_mins!(Q5K, HEAD + 32 + 128, |w| {
+    // bit i of byte k: the fifth of weight 32 * i + k
+    let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(w.add(HEAD).cast()));
+    let fifth = |q: __m512i, bit: u32| {
+        let bits = _mm512_inserti64x4::<1>(
+            _mm512_set1_epi8((1u8 << bit) as i8),
+            _mm256_set1_epi8((1u8 << (bit + 2)) as i8),
+        );
+        _mm512_mask_add_epi8(q, _mm512_test_epi8_mask(high, bits), q, _mm512_set1_epi8(16))
+    };
+    let [a, b] = nibbles(load(w.add(HEAD + 32)));
+    let [c, d] = nibbles(load(w.add(HEAD + 32 + 64)));
+    [fifth(a, 0), fifth(b, 1), fifth(c, 4), fifth(d, 5)]
+});
+
+struct Q6K;
+
+struct Sixteens {
+    q: [__m512i; 4],
+    scales: [__m512i; 4],
+    /// All of them.
+    all: __m256i,
+    d: f32,
+}
+
+impl Format for Q6K {
+    const N: usize = 256;
+    const BYTES: usize = 128 + 64 + 16 + 2;
+    const GGML_ACT_BYTES: usize = Q8_K_BYTES;
+    type Act = Super;
+    type Weights = Sixteens;
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn prepare(act: *const u8) -> Super {
+        // SAFETY: the caller has a block.
+        unsafe {
+            Super {
+                q: [0, 64, 128, 192].map(|first| load(act.add(4 + first))),
+                sums: _mm256_loadu_si256(act.add(4 + 256).cast()),
+                scale: q8_k_scale(act),
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn decode(w: *const u8) -> Sixteens {
+        // SAFETY: the caller has a block.
+        unsafe {
+            let two_bits = _mm512_set1_epi8(0x30);
+            let shift = |a: i16, b: i16| _mm512_inserti64x4::<1>(_mm512_set1_epi16(a), _mm256_set1_epi16(b));
+            // 128 weights: the low nibbles of 64 bytes, then the high ones; the two bits above them for weight k of
+            // each 32 in byte k, from the lowest up
+            let part = |i: usize| {
+                let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(w.add(128 + i * 32).cast()));
+                let [a, b] = nibbles(load(w.add(i * 64)));
+                let first = _mm512_and_si512(_mm512_sllv_epi16(high, shift(4, 2)), two_bits);
+                let second = _mm512_and_si512(_mm512_srlv_epi16(high, shift(0, 2)), two_bits);
+                [_mm512_or_si512(a, first), _mm512_or_si512(b, second)]
+            };
+            let ([a, b], [c, d]) = (part(0), part(1));
+            let all = _mm256_cvtepi8_epi16(_mm_loadu_si128(w.add(128 + 64).cast()));
+            const INDEX: [[i16; 32]; 4] = [
+                spread([0, 1, 2, 3]),
+                spread([4, 5, 6, 7]),
+                spread([8, 9, 10, 11]),
+                spread([12, 13, 14, 15]),
+            ];
+            let wide = _mm512_castsi256_si512(all);
+            Sixteens {
+                q: [a, b, c, d],
+                scales: INDEX.map(|i| _mm512_permutexvar_epi16(load(i.as_ptr().cast()), wide)),
+                all,
+                d: half(w.add(128 + 64 + 16)),
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn dot(w: &Sixteens, act: &Super, sum: Sum) -> Sum {
+        let products = scaled(&w.q, &w.scales, &act.q);
+        // weights are 32 less than their bits say
+        let less = _mm256_slli_epi32::<5>(_mm256_madd_epi16(w.all, act.sums));
+        let products = _mm512_sub_epi32(products, _mm512_zextsi256_si512(less));
+        sum.add(_mm512_cvtepi32_ps(products), _mm512_set1_ps(w.d * act.scale))
+    }
+}
+
+struct Iq4Xs;
+
+/// As `FourBlocks` with four sub-blocks of 32 each.
+#[repr(C, align(64))]
+struct EightBlocks {
+    q: [[__m512i; 2]; 2],
+    correction: [__m512i; 2],
+    scale: f32,
+}
+
+struct SubBlocks {
+    q: [[__m512i; 2]; 2],
+    /// Of each sub-block, whole numbers.
+    scale: [__m512; 2],
+    d: f32,
+}
+
+impl Format for Iq4Xs {
+    const N: usize = 256;
+    const BYTES: usize = 2 + 2 + 4 + 128;
+    const GGML_ACT_BYTES: usize = Q8_K_BYTES;
+    type Act = EightBlocks;
+    type Weights = SubBlocks;
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn prepare(act: *const u8) -> EightBlocks {
+        // SAFETY: the caller has a block.
+        unsafe {
+            let q = act.add(4);
+            let q = [0, 128].map(|first| [0, 16].map(|half| pieces::<32>(q.add(first + half))));
+            EightBlocks { q, correction: q.map(|q| correction(q, TABLE_OFFSET)), scale: q8_k_scale(act) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn decode(w: *const u8) -> SubBlocks {
+        // SAFETY: the caller has a block.
+        unsafe {
+            // of a sub-block's scale, four bits and two bits more
+            let low = _mm512_set1_epi32(w.add(4).cast::<i32>().read_unaligned());
+            let high = _mm512_set1_epi32(i32::from(w.add(2).cast::<u16>().read_unaligned()) << 4);
+            let scale = |part: i32| {
+                const LOW: [i32; 16] = spread([0, 4, 8, 12]);
+                const HIGH: [i32; 16] = spread([0, 2, 4, 6]);
+                let by = |shifts: &[i32; 16], from, add| {
+                    let shifts = _mm512_loadu_si512(shifts.as_ptr().cast());
+                    _mm512_srlv_epi32(from, _mm512_add_epi32(shifts, _mm512_set1_epi32(add)))
+                };
+                let low = _mm512_and_si512(by(&LOW, low, 16 * part), _mm512_set1_epi32(0x0f));
+                let high = _mm512_and_si512(by(&HIGH, high, 8 * part), _mm512_set1_epi32(0x30));
+                let scale = _mm512_sub_epi32(_mm512_or_si512(low, high), _mm512_set1_epi32(32));
+                _mm512_cvtepi32_ps(scale)
+            };
+            let q = [8, 8 + 64].map(|first| values(&IQ4_VALUES, nibbles(load(w.add(first)))));
+            SubBlocks { q, scale: [scale(0), scale(1)], d: half(w) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn dot(w: &SubBlocks, act: &EightBlocks, sum: Sum) -> Sum {
+        let part = |i: usize| {
+            let products = _mm512_dpbusd_epi32(act.correction[i], w.q[i][0], act.q[i][0]);
+            _mm512_dpbusd_epi32(products, w.q[i][1], act.q[i][1])
+        };
+        // whole numbers below 2^24 are exact
+        let first = _mm512_mul_ps(_mm512_cvtepi32_ps(part(0)), w.scale[0]);
+        let both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part(1)), w.scale[1], first);
+        sum.add(both, _mm512_set1_ps(w.d * act.scale))
+    }
+}
