@@ -30,6 +30,19 @@ pub enum ConfigError {
     },
 }
 
+/// Whose row kernels compute cold experts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Kernels {
+    /// Ours beside a GPU, which computes in other ways anyway; ggml's where all is on the CPU, so that numbers stay
+    /// those of stock to the last bit.
+    #[default]
+    Auto,
+    /// Ours for the types that have one.
+    Rows,
+    /// ggml's.
+    Ggml,
+}
+
 /// The options of one pool.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
@@ -39,6 +52,8 @@ pub struct Config {
     pub rebalance_interval: u32,
     /// Whether the device may read cold experts over the link while the CPU computes others.
     pub link: bool,
+    /// Whose row kernels compute cold experts.
+    pub kernels: Kernels,
     /// Ubatches of more tokens take the stock graph; `None`: as the device says.
     pub pp_bypass: Option<u32>,
     /// Who decides what gets a slot.
@@ -55,6 +70,7 @@ impl Default for Config {
             k: 0,
             rebalance_interval: 4,
             link: true,
+            kernels: Kernels::Auto,
             pp_bypass: None,
             policy: PolicyKind::default(),
             threads: None,
@@ -77,7 +93,7 @@ struct Opt {
 const MAX_INTERVAL: u32 = 1 << 20;
 const MAX_THREADS: u32 = 512;
 
-const OPTIONS: [Opt; 7] = [
+const OPTIONS: [Opt; 8] = [
     Opt {
         name: "moe-hot-k",
         env: "LLAMA_ARG_MOE_HOT_K",
@@ -142,6 +158,27 @@ const OPTIONS: [Opt; 7] = [
             Ok(())
         },
         show: |c| if c.link { "auto" } else { "off" }.into(),
+    },
+    Opt {
+        name: "moe-hot-kernels",
+        env: "LLAMA_ARG_MOE_HOT_KERNELS",
+        parse: |c, v| {
+            c.kernels = match v {
+                "auto" => Kernels::Auto,
+                "rows" => Kernels::Rows,
+                "ggml" => Kernels::Ggml,
+                _ => return Err("one of auto, rows, ggml".into()),
+            };
+            Ok(())
+        },
+        show: |c| {
+            match c.kernels {
+                Kernels::Auto => "auto",
+                Kernels::Rows => "rows",
+                Kernels::Ggml => "ggml",
+            }
+            .into()
+        },
     },
     Opt {
         name: "moe-hot-trace",
@@ -287,6 +324,7 @@ mod tests {
             ("moe-hot-threads", "-1", "auto or a number of threads from 0 to 512"),
             ("moe-hot-threads", "513", "auto or a number of threads from 0 to 512"),
             ("moe-hot-link", "on", "auto or off"),
+            ("moe-hot-kernels", "fast", "one of auto, rows, ggml"),
             ("moe-hot-trace", "", "the path of a file to write"),
         ];
         for (name, value, allowed) in cases {
@@ -331,6 +369,7 @@ mod tests {
             ("moe-hot-policy", "lru"),
             ("moe-hot-threads", "0"),
             ("moe-hot-link", "off"),
+            ("moe-hot-kernels", "ggml"),
             ("moe-hot-trace", "/tmp/t"),
         ] {
             o.set(name, Some(value)).unwrap();
@@ -340,6 +379,7 @@ mod tests {
             k: 16,
             rebalance_interval: 1,
             link: false,
+            kernels: Kernels::Ggml,
             pp_bypass: Some(4),
             policy: PolicyKind::Lru,
             threads: Some(0),

@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    cold::{Activation, Layer, Matrix, join_bound},
+    cold::{Activation, Layer, Matrix, join_bound, kernel},
     config,
     context::{Context, StepError},
     device::{SlotMemory, cuda, host},
@@ -823,6 +823,7 @@ fn to_matrix(m: &moe_hot_matrix, what: &str) -> Result<Option<Matrix>, String> {
         from_float: m.from_float,
         act_row_bytes: m.act_row_bytes,
         kernel: None,
+        ahead: kernel::default_ahead(m.expert_bytes),
     }))
 }
 

@@ -26,6 +26,11 @@ const KERNEL_SHARE: f64 = 0.83;
 const CORE_RATE: f64 = 5.0;
 const MEMORY_RATE: f64 = 80.0;
 
+/// Bytes a ns that `n_workers` workers read, where it was not measured.
+pub fn assumed_rate(n_workers: usize) -> f64 {
+    (n_workers as f64 * CORE_RATE).clamp(CORE_RATE, MEMORY_RATE)
+}
+
 /// What one layer of a step with one token did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Sample {
@@ -59,10 +64,10 @@ pub struct Lanes {
 
 impl Lanes {
     /// For layers with experts of `bytes` bytes, 0 where the device cannot read them in place; ubatches have up to
-    /// `max_rows` rows; there are `n_workers` workers, and copies move `copy_rate` bytes a ns over the link.
-    pub fn new(bytes: Vec<usize>, max_rows: usize, n_workers: usize, copy_rate: f64) -> Self {
+    /// `max_rows` rows; workers read `read_rate` bytes a ns, and copies move `copy_rate` bytes a ns over the link.
+    pub fn new(bytes: Vec<usize>, max_rows: usize, read_rate: f64, copy_rate: f64) -> Self {
         let tables = vec![0; bytes.len() * (max_rows + 1)];
-        let cpu = 1.0 / (n_workers as f64 * CORE_RATE).clamp(CORE_RATE, MEMORY_RATE);
+        let cpu = 1.0 / read_rate;
         let link = 1.0 / (copy_rate * KERNEL_SHARE);
         let mut lanes =
             Lanes { bytes, max_rows, cpu, link, base_ns: 20_000.0, tokens: 0, tables, version: 0 };
@@ -154,26 +159,26 @@ mod tests {
 
     #[test]
     fn a_fast_cpu_takes_twice_what_the_link_takes() {
-        let l = Lanes::new(vec![BYTES], 8, 16, 54.0);
+        let l = Lanes::new(vec![BYTES], 8, 80.0, 54.0);
         assert_eq!(table(&l), [0, 0, 0, 1, 1, 2, 2, 2, 3]);
     }
 
     #[test]
     fn few_cores_leave_most_to_the_link() {
-        let l = Lanes::new(vec![BYTES], 8, 2, 54.0);
+        let l = Lanes::new(vec![BYTES], 8, 10.0, 54.0);
         assert_eq!(table(&l), [0, 1, 2, 3, 4, 4, 5, 6, 7]);
     }
 
     #[test]
     fn what_the_device_cannot_read_stays_on_the_cpu() {
-        let l = Lanes::new(vec![0, BYTES], 8, 4, 54.0);
+        let l = Lanes::new(vec![0, BYTES], 8, 20.0, 54.0);
         assert_eq!(table(&l), [0; 9]);
         assert!(l.tables()[9..].iter().any(|n| *n > 0));
     }
 
     #[test]
     fn tables_follow_what_is_measured() {
-        let mut l = Lanes::new(vec![BYTES], 8, 16, 54.0);
+        let mut l = Lanes::new(vec![BYTES], 8, 80.0, 54.0);
         let before = l.version();
         // the link takes 400 us an expert instead of 79: somebody else uses it
         for _ in 0..400 {
@@ -192,7 +197,7 @@ mod tests {
 
     #[test]
     fn a_cpu_that_is_never_waited_for_gets_more() {
-        let mut l = Lanes::new(vec![BYTES], 8, 4, 54.0);
+        let mut l = Lanes::new(vec![BYTES], 8, 20.0, 54.0);
         let at_first = table(&l)[8];
         for _ in 0..8000 {
             let idle = Sample { layer: 0, on_cpu: 2, on_link: 6, span_ns: 500_000, wait_ns: 0 };

@@ -17,11 +17,15 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
-    cold::{Engine, Layer, Matrix, WorkerPool},
-    config::Config,
+    cold::{
+        Engine, Layer, Matrix, WorkerPool,
+        placement::Placement,
+        probe::{self, Reading},
+    },
+    config::{Config, Kernels},
     device::{Device, SlotMemory, cuda, host},
     fault,
-    lanes::Lanes,
+    lanes::{Lanes, assumed_rate},
     log::{Level, log},
     policy::{self, Key, Limits, Policy, PoolShape, Swap},
     slots::{Action, SlotTable, Stamp},
@@ -145,6 +149,8 @@ struct Active {
     links: Vec<Vec<u64>>,
     /// Bytes a ns of a copy over the link.
     copy_rate: f64,
+    /// What was measured of the CPU, where it was.
+    reading: Option<Reading>,
     /// Counts changes of `maps`.
     map_version: AtomicU64,
     control: Mutex<Control>,
@@ -244,7 +250,10 @@ impl Model {
             Some(Err(e)) => return not_active(&e.to_string()),
         };
         let max_tokens = self.largest_ubatch(&offers, &device);
-        let layers: Arc<[Layer]> = offers.layers.iter().map(|o| o.layer.clone()).collect();
+        let mut layers: Vec<Layer> = offers.layers.iter().map(|o| o.layer.clone()).collect();
+        if self.uses_row_kernels(&device) {
+            layers.iter_mut().flat_map(Layer::matrices_mut).for_each(Matrix::use_row_kernel);
+        }
         let mut by_key: BTreeMap<ClassKey, Vec<usize>> = BTreeMap::new();
         for (i, l) in layers.iter().enumerate() {
             by_key.entry(class_key(l)).or_default().push(i);
@@ -261,7 +270,7 @@ impl Model {
         let (mut classes, mut maps, mut controls, mut shapes) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut place = vec![(0, 0); layers.len()];
-        for l in layers.iter() {
+        for l in &layers {
             maps.push(LayerMap((0..l.n_expert).map(|_| AtomicI32::new(-1)).collect()));
         }
         for (c, members) in by_key.into_values().enumerate() {
@@ -317,8 +326,23 @@ impl Model {
             Err(e) => return not_active(&e.to_string()),
         };
 
-        let started =
-            Transfer::new(copier).and_then(|t| Ok((t, WorkerPool::new(self.workers(&device, n_threads))?)));
+        let most = self.workers(&device, n_threads);
+        let (placement, reading) = match &device {
+            Device::Host => (None, None),
+            Device::Cuda(_) => {
+                let placement = Placement::of_this_process();
+                let reading = probe::read(&layers, placement.as_ref(), most, self.config.threads.is_some());
+                (placement, reading)
+            }
+        };
+        if let Some(r) = &reading {
+            layers.iter_mut().flat_map(Layer::matrices_mut).for_each(|m| m.prefetch(r.ahead));
+        }
+        let n_workers = reading.map_or(most, |r| r.n_workers);
+        let cpus = placement.as_ref().map(|p| p.workers(n_workers));
+        let layers: Arc<[Layer]> = layers.into();
+
+        let started = Transfer::new(copier).and_then(|t| Ok((t, WorkerPool::new(n_workers, cpus)?)));
         let (transfer, workers) = match started {
             Ok(x) => x,
             Err(e) => return not_active(&format!("the system gives no thread: {e}")),
@@ -332,7 +356,7 @@ impl Model {
             classes.iter().map(|c| c.memory.iter().map(SlotMemory::bytes).sum::<usize>()).sum();
         let status = format!(
             "moe-hot: requested K = {k}, active: {n_slots} slots for {} experts in {} ({:.2} MiB, {} class{}), \
-             {} of {} MoE layers{}, policy {}, rebalance interval {} tokens, ubatches up to {} tokens, {} worker{}",
+             {} of {} MoE layers{}, policy {}, rebalance interval {} tokens, ubatches up to {} tokens, {} worker{}{}",
             layers.iter().map(|l| l.n_expert).sum::<usize>(),
             match &device {
                 Device::Host => "host memory".into(),
@@ -352,6 +376,7 @@ impl Model {
             max_tokens,
             workers.len(),
             if workers.len() == 1 { "" } else { "s" },
+            cold_side(&layers, reading.as_ref()),
         );
         log!(Level::Info, "{status}");
         if let Some(faults) = fault::announcement() {
@@ -393,6 +418,7 @@ impl Model {
             maps,
             links,
             copy_rate,
+            reading,
             map_version: AtomicU64::new(1),
             control: Mutex::new(control),
             status,
@@ -418,6 +444,14 @@ impl Model {
             Device::Host => self.config.threads.map_or(cores.saturating_sub(n_threads), |n| n as usize),
             // JOIN cannot help there
             Device::Cuda(_) => self.config.threads.map_or(cores.saturating_sub(1), |n| n as usize).max(1),
+        }
+    }
+
+    fn uses_row_kernels(&self, device: &Device) -> bool {
+        match self.config.kernels {
+            Kernels::Auto => matches!(device, Device::Cuda(_)),
+            Kernels::Rows => true,
+            Kernels::Ggml => false,
         }
     }
 
@@ -525,7 +559,8 @@ impl Model {
         let a = self.pool();
         let bytes = |(l, link): (&Layer, &Vec<u64>)| if link.is_empty() { 0 } else { l.expert_bytes() };
         let bytes = a.layers.iter().zip(&a.links).map(bytes).collect();
-        Lanes::new(bytes, max_rows, a.workers.len(), a.copy_rate)
+        let read_rate = a.reading.map_or_else(|| assumed_rate(a.workers.len()), |r| r.rate);
+        Lanes::new(bytes, max_rows, read_rate, a.copy_rate)
     }
 
     /// The class of a wired layer.
@@ -771,6 +806,19 @@ fn fingerprint(layers: &[Layer]) -> u64 {
 
 fn class_key(l: &Layer) -> ClassKey {
     l.matrices().map(|m| (m.ty, m.n_in, m.n_out)).collect()
+}
+
+/// How the workers compute: ` (q4_0 avx512, ggml; 71 GB/s)`.
+fn cold_side(layers: &[Layer], reading: Option<&Reading>) -> String {
+    let mut kernels: Vec<&str> = Vec::new();
+    for m in layers.iter().flat_map(Layer::matrices) {
+        let name = m.kernel.map_or("ggml", |k| k.name);
+        if !kernels.contains(&name) {
+            kernels.push(name);
+        }
+    }
+    let rate = reading.map_or(String::new(), |r| format!("; {:.0} GB/s", r.rate));
+    format!(" ({}{rate})", kernels.join(", "))
 }
 
 /// `0-3, 7` for `[0, 1, 2, 3, 7]`.

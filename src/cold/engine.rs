@@ -22,7 +22,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::kernel::{Layer, Matrix, Target};
+use super::kernel::{Layer, Line, Matrix, Target};
 use crate::fault;
 use crate::mailbox::{MAX_UNITS, Mailbox, Remote};
 
@@ -114,11 +114,6 @@ impl<T: Copy + Default> Shared<T> {
         self.0[i..].as_ptr().cast::<T>().cast_mut()
     }
 }
-
-/// 64-byte aligned bytes: ggml's kernels may use aligned loads on converted activations.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Default)]
-struct Line([u64; 8]);
 
 struct Rows {
     buf: Buffer,

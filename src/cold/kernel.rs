@@ -40,6 +40,8 @@ pub struct Matrix {
     pub act_row_bytes: usize,
     /// What multiplies instead of `vec_dot`, if anything.
     pub kernel: Option<RowKernel>,
+    /// Bytes that prefetches are ahead of the reading; 0: none.
+    pub ahead: usize,
 }
 
 // SAFETY: `data` is only read, and the model that owns it outlives every user: the layer is dropped
@@ -58,6 +60,13 @@ impl Matrix {
     /// Uses our kernel for the type on this CPU, if there is one. Before the first activation is converted.
     pub fn use_row_kernel(&mut self) {
         self.kernel = RowKernel::find(self.ty, self.n_in, self.row_bytes, self.act_row_bytes);
+    }
+
+    /// Prefetches `ahead` bytes before they are read, if the experts are large enough for that.
+    pub fn prefetch(&mut self, ahead: usize) {
+        if default_ahead(self.expert_bytes) > 0 {
+            self.ahead = ahead;
+        }
     }
 
     /// Bytes of what [`Matrix::convert`] writes.
@@ -94,9 +103,8 @@ impl Matrix {
     /// `end - first` elements.
     pub unsafe fn multiply(&self, expert: usize, first: usize, end: usize, targets: &[Target]) {
         let n = end - first;
-        // A thread reads one row after the other, but rows cross pages, where the hardware's own prefetch stops. Of
-        // small experts a unit reads little more than a page, and the instructions would cost more than they bring.
-        let ahead = if self.expert_bytes < PREFETCH_FROM_BYTES { 0 } else { PREFETCH_BYTES };
+        // A thread reads one row after the other, but rows cross pages, where the hardware's own prefetch stops.
+        let ahead = self.ahead;
         if let Some(kernel) = &self.kernel {
             let first = self.row(expert, first);
             let rows = Rows { first, n, row_bytes: self.row_bytes, n_in: self.n_in, ahead };
@@ -134,9 +142,21 @@ pub struct Target {
 
 /// Distance of a prefetch: what a core reads from memory while a line is on its way.
 const PREFETCH_BYTES: usize = 3 << 10;
-/// Experts of fewer bytes in a matrix are not prefetched.
+/// Experts of fewer bytes in a matrix are not prefetched: a unit reads little more than a page of them, and the
+/// instructions would cost more than they bring.
 const PREFETCH_FROM_BYTES: usize = 128 << 10;
-/// A cache line.
+
+/// Bytes that prefetches are ahead in a matrix of such experts, where nothing was measured.
+pub fn default_ahead(expert_bytes: usize) -> usize {
+    if expert_bytes < PREFETCH_FROM_BYTES { 0 } else { PREFETCH_BYTES }
+}
+
+/// 64-byte aligned bytes, as kernels want converted activations.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Default)]
+pub struct Line([u64; 8]);
+
+/// Of a cache line.
 const LINE: usize = 64;
 
 #[inline]
@@ -223,6 +243,11 @@ impl Layer {
     /// The matrices of the layer in the order gate, up, down.
     pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         self.gate.iter().chain([&self.up, &self.down])
+    }
+
+    /// The matrices, to be changed.
+    pub fn matrices_mut(&mut self) -> impl Iterator<Item = &mut Matrix> {
+        self.gate.iter_mut().chain([&mut self.up, &mut self.down])
     }
 
     /// Bytes of one expert over all its matrices.

@@ -14,7 +14,7 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 
-use super::engine::Engine;
+use super::{engine::Engine, placement::run_on};
 use crate::log::{Level, log};
 
 /// How long a worker spins without work after the last step ended. Sampling, tokenising and the
@@ -43,11 +43,12 @@ pub struct WorkerPool {
 }
 
 impl WorkerPool {
-    /// Starts `n` workers. With 0 there are none, and the threads that run JOIN do all the work.
+    /// Starts `n` workers, on `cpus` where they are given. With 0 there are none, and the threads that run JOIN do all
+    /// the work.
     ///
     /// # Errors
     /// When the system gives no thread; those already started are stopped again.
-    pub fn new(n: usize) -> std::io::Result<Self> {
+    pub fn new(n: usize, cpus: Option<&[usize]>) -> std::io::Result<Self> {
         let state = Arc::new(State {
             engines: Mutex::default(),
             version: AtomicU64::new(0),
@@ -59,8 +60,16 @@ impl WorkerPool {
         let mut pool = WorkerPool { state, threads: Vec::with_capacity(n) };
         for i in 0..n {
             let state = pool.state.clone();
+            let cpus = cpus.map(<[usize]>::to_vec);
             let thread = std::thread::Builder::new().name(format!("moe-hot-{i}"));
-            pool.threads.push(thread.spawn(move || worker(&state))?);
+            pool.threads.push(thread.spawn(move || {
+                if let Some(cpus) = cpus
+                    && !run_on(&cpus)
+                {
+                    log!(Level::Debug, "moe-hot: worker {i} runs on any CPU, the system refuses {cpus:?}");
+                }
+                worker(&state);
+            })?);
         }
         Ok(pool)
     }
@@ -188,7 +197,7 @@ mod tests {
 
     #[test]
     fn workers_park_when_decode_stops_and_wake_when_it_runs() {
-        let pool = WorkerPool::new(2).unwrap();
+        let pool = WorkerPool::new(2, None).unwrap();
         eventually("park at the start", || pool.parked() == 2);
         pool.step_begin();
         eventually("wake for a step", || pool.parked() == 0);
@@ -200,7 +209,7 @@ mod tests {
 
     #[test]
     fn an_empty_pool_needs_no_steps() {
-        let pool = WorkerPool::new(0).unwrap();
+        let pool = WorkerPool::new(0, None).unwrap();
         pool.step_begin();
         pool.step_end();
         assert_eq!((pool.len(), pool.parked()), (0, 0));

@@ -82,6 +82,7 @@ impl Ggml {
             from_float: self.traits(t.vec_dot_type).from_float,
             act_row_bytes: self.row_bytes(t.vec_dot_type, n_in),
             kernel: None,
+            ahead: kernel::default_ahead(n_out * row_bytes),
         }
     }
 

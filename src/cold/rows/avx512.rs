@@ -688,7 +688,10 @@ impl Format for Iq4Xs {
         // SAFETY: the caller has a block.
         unsafe {
             let q = act.add(4);
-            let q = [0, 128].map(|first| [0, 16].map(|half| pieces::<32>(q.add(first + half))));
+            let q = [
+                [pieces::<32>(q), pieces::<32>(q.add(16))],
+                [pieces::<32>(q.add(128)), pieces::<32>(q.add(128 + 16))],
+            ];
             EightBlocks { q, correction: q.map(|q| correction(q, TABLE_OFFSET)), scale: q8_k_scale(act) }
         }
     }
@@ -713,7 +716,11 @@ impl Format for Iq4Xs {
                 let scale = _mm512_sub_epi32(_mm512_or_si512(low, high), _mm512_set1_epi32(32));
                 _mm512_cvtepi32_ps(scale)
             };
-            let q = [8, 8 + 64].map(|first| values(&IQ4_VALUES, nibbles(load(w.add(first)))));
+            // not a closure for both: it would not be inlined
+            let q = [
+                values(&IQ4_VALUES, nibbles(load(w.add(8)))),
+                values(&IQ4_VALUES, nibbles(load(w.add(8 + 64)))),
+            ];
             SubBlocks { q, scale: [scale(0), scale(1)], d: half(w) }
         }
     }
