@@ -20,6 +20,10 @@ const ALPHA: f64 = 1.0 / 128.0;
 const ALPHA_BOUND: f64 = 1.0 / 1024.0;
 /// Tokens between two looks at the tables.
 const TOKENS_PER_TABLE: u32 = 16;
+/// A link that has become too slow gets nothing, and nothing tells when it is fast again: of so many tables one gives
+/// it an expert of a single layer, whose samples weigh so much.
+const TABLES_PER_TRIAL: u32 = 16;
+const ALPHA_TRIAL: f64 = 1.0 / 4.0;
 /// A kernel reads this share of what a copy moves over the link (DESIGN 6: 45 of 54 GB/s).
 const KERNEL_SHARE: f64 = 0.83;
 /// Reading weights, in bytes a ns: one core, and all that a machine's memory gives in the end.
@@ -58,6 +62,12 @@ pub struct Lanes {
     link: f64,
     base_ns: f64,
     tokens: u32,
+    /// Whether an expert has gone over the link since the last look, other than for a trial.
+    in_use: bool,
+    /// Of a layer that tries the link.
+    trial: Option<usize>,
+    /// Where the next trial is.
+    next_trial: usize,
     tables: Vec<u8>,
     version: u64,
 }
@@ -69,8 +79,19 @@ impl Lanes {
         let tables = vec![0; bytes.len() * (max_rows + 1)];
         let cpu = 1.0 / read_rate;
         let link = 1.0 / (copy_rate * KERNEL_SHARE);
-        let mut lanes =
-            Lanes { bytes, max_rows, cpu, link, base_ns: 20_000.0, tokens: 0, tables, version: 0 };
+        let mut lanes = Lanes {
+            bytes,
+            max_rows,
+            cpu,
+            link,
+            base_ns: 20_000.0,
+            tokens: 0,
+            in_use: true,
+            trial: None,
+            next_trial: 0,
+            tables,
+            version: 0,
+        };
         lanes.make_tables();
         lanes
     }
@@ -93,9 +114,14 @@ impl Lanes {
                 continue;
             }
             let span = f64::from(s.span_ns);
-            match s.on_link {
-                0 => mix(&mut self.base_ns, span, ALPHA),
-                n => mix(&mut self.link, ((span - self.base_ns) / (f64::from(n) * bytes)).max(0.0), ALPHA),
+            if s.on_link == 0 {
+                mix(&mut self.base_ns, span, ALPHA);
+            } else {
+                let is_trial = self.trial == Some(s.layer);
+                self.in_use |= !is_trial;
+                let alpha = if is_trial { ALPHA_TRIAL } else { ALPHA };
+                let rate = (span - self.base_ns) / (f64::from(s.on_link) * bytes);
+                mix(&mut self.link, rate.max(0.0), alpha);
             }
             if s.on_cpu > 0 {
                 let weights = f64::from(s.on_cpu) * bytes;
@@ -112,15 +138,27 @@ impl Lanes {
         }
         self.tokens += 1;
         if self.tokens.is_multiple_of(TOKENS_PER_TABLE) {
+            let due = (self.tokens / TOKENS_PER_TABLE).is_multiple_of(TABLES_PER_TRIAL);
+            self.trial = if due && !self.in_use { self.choose_trial() } else { None };
+            self.in_use = false;
             self.make_tables();
         }
+    }
+
+    /// The layers in turn.
+    fn choose_trial(&mut self) -> Option<usize> {
+        let n = self.bytes.len();
+        let layer = (0..n).map(|i| (self.next_trial + i) % n).find(|l| self.bytes[*l] > 0)?;
+        self.next_trial = layer + 1;
+        Some(layer)
     }
 
     fn make_tables(&mut self) {
         let mut changed = false;
         for layer in 0..self.bytes.len() {
             for cold in 0..=self.max_rows {
-                let n = self.divide(self.bytes[layer], cold) as u8;
+                let trial = usize::from(self.trial == Some(layer)).min(cold);
+                let n = self.divide(self.bytes[layer], cold).max(trial) as u8;
                 let entry = &mut self.tables[layer * (self.max_rows + 1) + cold];
                 changed |= *entry != n;
                 *entry = n;
@@ -193,6 +231,73 @@ mod tests {
             l.observe([slow].into_iter());
         }
         assert!((3..=5).contains(&table(&l)[8]), "{:?}", table(&l));
+    }
+
+    /// What a machine does that moves so many bytes a ns on each lane, with all else as on the GPU machine.
+    struct Machine {
+        cpu: f64,
+        link: f64,
+        random: u64,
+    }
+
+    impl Machine {
+        const LAYERS: usize = 48;
+        const BASE_NS: f64 = 20_000.0;
+
+        /// 0 to 1.
+        fn draw(&mut self) -> f64 {
+            self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (self.random >> 40) as f64 / (1u64 << 24) as f64
+        }
+
+        /// Decodes `n` tokens; their time, and that of the CPU alone, in ns.
+        fn decode(&mut self, lanes: &mut Lanes, n: usize) -> (f64, f64) {
+            let (mut time, mut alone) = (0.0, 0.0);
+            for _ in 0..n {
+                let mut samples = Vec::new();
+                for layer in 0..Self::LAYERS {
+                    let cold = (1.0 + 7.0 * self.draw()) as usize;
+                    let on_link = usize::from(lanes.tables()[layer * 9 + cold]);
+                    let noise = 0.9 + 0.2 * self.draw();
+                    let cpu = |n: usize| match n {
+                        0 => 0.0,
+                        n => HAND_OFF_NS + (n * BYTES) as f64 / self.cpu * noise,
+                    };
+                    let span = Self::BASE_NS + (on_link * BYTES) as f64 / self.link * noise;
+                    let wait = (cpu(cold - on_link) - span).max(0.0);
+                    time += span + wait;
+                    alone += Self::BASE_NS.max(cpu(cold));
+                    samples.push(Sample {
+                        layer,
+                        on_cpu: (cold - on_link) as u32,
+                        on_link: on_link as u32,
+                        span_ns: span as u32,
+                        wait_ns: wait as u32,
+                    });
+                }
+                lanes.observe(samples.into_iter());
+            }
+            (time, alone)
+        }
+    }
+
+    #[test]
+    fn a_link_that_others_use_is_left_within_64_tokens_and_found_again() {
+        for slower in [1.5, 2.0, 4.0, 8.0, 32.0] {
+            let mut m = Machine { cpu: 70.0, link: 45.0, random: 1 };
+            let mut lanes = Lanes::new(vec![BYTES; Machine::LAYERS], 8, 70.0, 54.0);
+            m.decode(&mut lanes, 200);
+            let (idle, alone) = m.decode(&mut lanes, 200);
+            assert!(idle < alone * 0.75, "both lanes: {:.2} of the CPU", idle / alone);
+            m.link /= slower;
+            m.decode(&mut lanes, 64);
+            let (busy, alone) = m.decode(&mut lanes, 1000);
+            assert!(busy <= alone * 1.02, "{slower}: {:.3} of the CPU alone", busy / alone);
+            m.link *= slower;
+            m.decode(&mut lanes, 1500);
+            let (again, _) = m.decode(&mut lanes, 200);
+            assert!(again < idle * 1.02, "{slower}: {:.3} of what it was", again / idle);
+        }
     }
 
     #[test]
