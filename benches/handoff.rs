@@ -2,7 +2,7 @@
 //! cold, and everything cold with rows that are answered as they are. Needs a library with kernels.
 //!
 //! Prints `name<TAB>value<TAB>unit`. The machine's other threads should be idle. With `--quick` a few replays,
-//! which measure nothing.
+//! which measure nothing. With `--copy-loop` it only takes bandwidth from the link, until it is killed.
 
 use std::{
     ffi::c_char,
@@ -121,13 +121,20 @@ fn answer(remote: &Remote, stop: &AtomicBool) {
     }
 }
 
-fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
+/// The first device.
+fn open() -> Result<Arc<Device>, CudaError> {
     cu!(cuInit(0));
     let mut pci = [0 as c_char; 32];
     cu!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, 0));
     // SAFETY: the driver ends it with a zero.
     let pci = unsafe { std::ffi::CStr::from_ptr(pci.as_ptr()) }.to_str().expect("ASCII").to_string();
     let device = Device::open(&pci)?;
+    device.bind()?;
+    Ok(device)
+}
+
+fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
+    let device = open()?;
     let shape = PortShape {
         n_layers: LAYERS,
         n_expert: EXPERTS,
@@ -166,7 +173,24 @@ fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
     Ok(())
 }
 
+/// Copies to the device without a pause.
+fn copy_loop() -> Result<(), CudaError> {
+    const BYTES: usize = 64 << 20;
+    let device = open()?;
+    let memory = VideoMemory::new(device.clone(), BYTES)?;
+    let mut host = ptr::null_mut();
+    cu!(cuMemHostAlloc(&mut host, BYTES, 0));
+    loop {
+        cu!(cuMemcpyHtoD_v2(memory.ptr() as u64, host, BYTES));
+    }
+}
+
 fn main() -> ExitCode {
+    if std::env::args().any(|a| a == "--copy-loop") {
+        let e = copy_loop().expect_err("it ends with an error only");
+        eprintln!("handoff: {e}");
+        return ExitCode::FAILURE;
+    }
     let quick = std::env::args().any(|a| a == "--quick");
     match measure(if quick { QUICK } else { FULL }) {
         Ok(()) => ExitCode::SUCCESS,
