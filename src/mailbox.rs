@@ -6,10 +6,10 @@
 //! lives. The protocol, in the order in which things happen:
 //!
 //! 1. DISPATCH fills the request (plain memory) and opens the [`Ticket`] with a new epoch.
-//! 2. Any thread claims a unit by moving the ticket on. A successful claim (acquire) makes the request
-//!    readable, and it stays as it is until that unit is reported done: the request cannot complete
-//!    without it, and only a complete request is ever overwritten. Nobody reads it without a claim.
-//! 3. Each unit ends with `done += 1` (release).
+//! 2. Any thread claims units by moving the ticket on. A successful claim (acquire) makes the request
+//!    readable, and it stays as it is until those units are reported done: the request cannot complete
+//!    without them, and only a complete request is ever overwritten. Nobody reads it without a claim.
+//! 3. Claimed units end with `done += n` (release).
 //! 4. JOIN sees `done == total` (acquire), and with it every row.
 //!
 //! This is also why the ticket carries the total: a thread that finds nothing to claim must not have
@@ -32,13 +32,15 @@ pub const MAX_UNITS: u32 = u16::MAX as u32;
 #[derive(Default)]
 pub struct Ticket(AtomicU64);
 
-/// A claimed unit of work.
+/// Claimed units of work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Claim {
-    /// The request it belongs to.
+    /// The request they belong to.
     pub epoch: u32,
-    /// Index of the unit in its request.
+    /// Index of the first in its request.
     pub unit: u32,
+    /// How many.
+    pub n: u32,
 }
 
 impl Ticket {
@@ -56,21 +58,23 @@ impl Ticket {
         self.0.store(Self::pack(epoch, 0, total), Ordering::Release);
     }
 
-    /// Takes the next unit, or `None` when all are taken.
-    pub fn claim(&self) -> Option<Claim> {
+    /// Takes the next units, or `None` when all are taken. `how_many` says how many for the next unit and the total,
+    /// at least one.
+    pub fn claim(&self, how_many: impl Fn(u32, u32) -> u32) -> Option<Claim> {
         let mut v = self.0.load(Ordering::Relaxed);
         loop {
             let (epoch, next, total) = Self::unpack(v);
             if next >= total {
                 return None;
             }
+            let n = how_many(next, total).clamp(1, total - next);
             match self.0.compare_exchange_weak(
                 v,
-                Self::pack(epoch, next + 1, total),
+                Self::pack(epoch, next + n, total),
                 Ordering::Acquire,
                 Ordering::Relaxed,
             ) {
-                Ok(_) => return Some(Claim { epoch, unit: next }),
+                Ok(_) => return Some(Claim { epoch, unit: next, n }),
                 Err(now) => v = now,
             }
         }
@@ -96,12 +100,12 @@ impl Mailbox {
         self.ticket.open(epoch, total);
     }
 
-    /// Reports a claimed unit as finished; what the thread wrote before is visible to JOIN.
-    pub fn unit_done(&self) {
-        self.done.fetch_add(1, Ordering::Release);
+    /// Reports claimed units as finished; what the thread wrote before is visible to JOIN.
+    pub fn units_done(&self, n: u32) {
+        self.done.fetch_add(n, Ordering::Release);
     }
 
-    /// Marks the request as failed. The unit must still be reported with [`Mailbox::unit_done`].
+    /// Marks the request as failed. The unit must still be reported with [`Mailbox::units_done`].
     pub fn unit_failed(&self) {
         self.failed.store(1, Ordering::Relaxed);
     }
@@ -203,16 +207,30 @@ impl Remote {
 mod tests {
     use super::*;
 
+    const ONE: fn(u32, u32) -> u32 = |_, _| 1;
+
     #[test]
     fn every_unit_is_claimed_once() {
         let t = Ticket::default();
-        assert_eq!(t.claim(), None);
+        assert_eq!(t.claim(ONE), None);
         t.open(7, 3);
-        let got: Vec<_> = std::iter::from_fn(|| t.claim()).collect();
-        assert_eq!(got, (0..3).map(|unit| Claim { epoch: 7, unit }).collect::<Vec<_>>());
+        let got: Vec<_> = std::iter::from_fn(|| t.claim(ONE)).collect();
+        assert_eq!(got, (0..3).map(|unit| Claim { epoch: 7, unit, n: 1 }).collect::<Vec<_>>());
         t.open(8, 1);
-        assert_eq!(t.claim(), Some(Claim { epoch: 8, unit: 0 }));
-        assert_eq!(t.claim(), None);
+        assert_eq!(t.claim(ONE), Some(Claim { epoch: 8, unit: 0, n: 1 }));
+        assert_eq!(t.claim(ONE), None);
+    }
+
+    #[test]
+    fn several_are_claimed_at_once_and_never_more_than_there_are() {
+        let t = Ticket::default();
+        t.open(1, 10);
+        let half = |next: u32, total: u32| (total - next) / 2;
+        let got: Vec<_> = std::iter::from_fn(|| t.claim(half)).map(|c| (c.unit, c.n)).collect();
+        assert_eq!(got, [(0, 5), (5, 2), (7, 1), (8, 1), (9, 1)]);
+        t.open(2, 3);
+        assert_eq!(t.claim(|_, _| 100), Some(Claim { epoch: 2, unit: 0, n: 3 }));
+        assert_eq!(t.claim(ONE), None);
     }
 
     #[test]
@@ -220,9 +238,9 @@ mod tests {
         let t = Ticket::default();
         t.open(u32::MAX, MAX_UNITS);
         for unit in 0..MAX_UNITS {
-            assert_eq!(t.claim(), Some(Claim { epoch: u32::MAX, unit }));
+            assert_eq!(t.claim(ONE), Some(Claim { epoch: u32::MAX, unit, n: 1 }));
         }
-        assert_eq!(t.claim(), None);
+        assert_eq!(t.claim(ONE), None);
     }
 
     #[test]
@@ -234,10 +252,10 @@ mod tests {
             std::thread::scope(|s| {
                 for _ in 0..3 {
                     s.spawn(|| {
-                        while let Some(c) = m.ticket.claim() {
+                        while let Some(c) = m.ticket.claim(|next, _| next % 5) {
                             assert_eq!(c.epoch, epoch);
-                            sum.fetch_add(c.unit, Ordering::Relaxed);
-                            m.unit_done();
+                            sum.fetch_add((c.unit..c.unit + c.n).sum(), Ordering::Relaxed);
+                            m.units_done(c.n);
                         }
                     });
                 }

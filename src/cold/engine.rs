@@ -8,6 +8,9 @@
 //! | chunks of hidden rows, expert by expert | gate, up, activation; the last of an expert converts the result | all tokens converted |
 //! | chunks of output rows, expert by expert | down | the expert's hidden rows |
 //!
+//! Threads claim several units that follow each other while there are many left, and one at a time at the end:
+//! a claim is a cache line that all threads want, and a longer stream of weights is read faster.
+//!
 //! A unit waits only for units before it in that order, and those are being worked on by threads that
 //! have claimed them: no deadlock, and no barrier that stops everyone for the slowest. An expert that
 //! several tokens share is one group, so its weights are read once.
@@ -24,15 +27,18 @@ use std::{
 
 use super::kernel::{Layer, Line, Matrix, Target};
 use crate::fault;
-use crate::mailbox::{MAX_UNITS, Mailbox, Remote};
+use crate::mailbox::{Claim, MAX_UNITS, Mailbox, Remote};
 
 /// Rows are cut at multiples of this many elements: vector body and scalar tail of ggml's activations
 /// round differently, so a chunk must start where the body does. An AVX-512 register holds 16 floats,
 /// the longest of SVE 64.
 const ROW_ALIGN: usize = if cfg!(target_arch = "x86_64") { 16 } else { 64 };
-/// Weight bytes a unit should read, some 7 us of a core: long enough to amortise a claim that many
-/// threads compete for, short enough that 16 threads share two experts evenly.
+/// Weight bytes a unit should read, some 4 us of a core: short enough that 16 threads share two experts evenly.
 const UNIT_BYTES: usize = 32 << 10;
+/// Most units of a claim.
+const MAX_CLAIM: u32 = 8;
+/// Threads take this part of what they would get if they divided the rest evenly, so that none is late.
+const CLAIM_PART: u32 = 2;
 /// Small matrices are cut in so many parts, but not into units of less than this.
 const PARTS: usize = 8;
 const MIN_UNIT_BYTES: usize = 16 << 10;
@@ -96,6 +102,45 @@ struct Request {
     up_chunks: usize,
     down_rows: usize,
     down_chunks: usize,
+}
+
+/// Chunks of a group that follow each other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Chunks {
+    first: usize,
+    n: usize,
+}
+
+/// Units that follow each other and do the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Part {
+    Convert { token: usize },
+    Up { group: usize, chunks: Chunks },
+    Down { group: usize, chunks: Chunks },
+}
+
+impl Part {
+    fn len(&self) -> usize {
+        match self {
+            Part::Convert { .. } => 1,
+            Part::Up { chunks, .. } | Part::Down { chunks, .. } => chunks.n,
+        }
+    }
+}
+
+impl Request {
+    /// The units from `unit` on, up to `end` and to the last that does the same.
+    fn part(&self, unit: usize, end: usize) -> Part {
+        let Some(up) = unit.checked_sub(self.convert_units) else { return Part::Convert { token: unit } };
+        let n = end - unit;
+        let chunks = |at: usize, of: usize| Chunks { first: at % of, n: n.min(of - at % of) };
+        match up.checked_sub(self.groups.len() * self.up_chunks) {
+            None => Part::Up { group: up / self.up_chunks, chunks: chunks(up, self.up_chunks) },
+            Some(down) => {
+                Part::Down { group: down / self.down_chunks, chunks: chunks(down, self.down_chunks) }
+            }
+        }
+    }
 }
 
 /// A buffer that several threads write in parts that never overlap.
@@ -165,6 +210,12 @@ pub struct Engine {
     request: UnsafeCell<Request>,
     epoch: AtomicU32,
     total: AtomicU32,
+    /// Where the units of the open request that convert end, and those of hidden rows. Read without a claim: a stale
+    /// value makes a claim longer or shorter than it should be, and nothing else.
+    convert_end: AtomicU32,
+    up_end: AtomicU32,
+    /// Threads that claim units.
+    n_threads: AtomicU32,
     /// Whether the last `post` opened a request; see there.
     open: AtomicBool,
     tokens_ready: AtomicU32,
@@ -216,6 +267,9 @@ impl Engine {
             request: UnsafeCell::default(),
             epoch: AtomicU32::new(0),
             total: AtomicU32::new(0),
+            convert_end: AtomicU32::new(0),
+            up_end: AtomicU32::new(0),
+            n_threads: AtomicU32::new(1),
             open: AtomicBool::new(false),
             tokens_ready: AtomicU32::new(0),
             up_done: (0..rows).map(|_| AtomicU32::new(0)).collect(),
@@ -230,6 +284,11 @@ impl Engine {
             busy_ns: AtomicU64::new(0),
             layers,
         }
+    }
+
+    /// Tells how many threads work for it.
+    pub fn set_threads(&self, n: usize) {
+        self.n_threads.store(n.max(1) as u32, Ordering::Relaxed);
     }
 
     /// Time that threads spent in units since the last reset, in us, summed over threads.
@@ -353,6 +412,8 @@ impl Engine {
         let epoch = self.epoch.load(Ordering::Relaxed).wrapping_add(1);
         self.epoch.store(epoch, Ordering::Relaxed);
         self.total.store(total as u32, Ordering::Relaxed);
+        self.convert_end.store(req.convert_units as u32, Ordering::Relaxed);
+        self.up_end.store((req.convert_units + req.groups.len() * req.up_chunks) as u32, Ordering::Relaxed);
         self.mailbox.post(epoch, total as u32);
     }
 
@@ -373,29 +434,47 @@ impl Engine {
         true
     }
 
+    fn claim(&self) -> Option<Claim> {
+        let parts = CLAIM_PART * self.n_threads.load(Ordering::Relaxed);
+        self.mailbox.ticket.claim(|next, total| {
+            if next < self.convert_end.load(Ordering::Relaxed) {
+                return 1;
+            }
+            // those of the next phase wait for these
+            let up_end = self.up_end.load(Ordering::Relaxed);
+            let end = if next < up_end { up_end.min(total) } else { total };
+            ((end - next) / parts).min(MAX_CLAIM)
+        })
+    }
+
     /// Claims and computes units until there are none left; false when there was none.
     pub fn run(&self) -> bool {
         self.take_remote();
-        let Some(first) = self.mailbox.ticket.claim() else { return false };
+        let Some(first) = self.claim() else { return false };
         let start = Instant::now();
         let mut next = Some(first);
         while let Some(claim) = next {
-            // SAFETY: the claim makes the request readable until `unit_done`.
+            // SAFETY: the claim makes the request readable until `units_done`.
             let req = unsafe { &*self.request.get() };
-            let unit = claim.unit as usize;
-            if !catch_unwind(AssertUnwindSafe(|| self.unit(req, unit))).unwrap_or(false) {
-                self.mailbox.unit_failed();
-                self.release_dependents(req, unit);
-            }
-            if let Some(remote) = &self.remote {
-                self.answer(remote, req, unit);
+            let end = (claim.unit + claim.n) as usize;
+            let mut at = claim.unit as usize;
+            while at < end {
+                let part = req.part(at, end);
+                if !catch_unwind(AssertUnwindSafe(|| self.compute(req, part))).unwrap_or(false) {
+                    self.mailbox.unit_failed();
+                    self.release_dependents(part);
+                }
+                if let (Some(remote), Part::Down { group, chunks }) = (&self.remote, part) {
+                    self.answer(remote, req, group, chunks);
+                }
+                at += part.len();
             }
             // the clock is read before the last report, after which JOIN may look at the sum
-            next = self.mailbox.ticket.claim();
+            next = self.claim();
             if next.is_none() {
                 self.busy_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
             }
-            self.mailbox.unit_done();
+            self.mailbox.units_done(claim.n);
         }
         true
     }
@@ -436,36 +515,37 @@ impl Engine {
         unsafe { std::slice::from_raw_parts(self.out.f32(row), n_embd) }
     }
 
-    /// Computes a unit; false when what it needs does not come.
-    fn unit(&self, req: &Request, unit: usize) -> bool {
-        if unit == 0 {
-            fault::in_unit();
-        }
+    /// Computes units; false when what they need does not come.
+    fn compute(&self, req: &Request, part: Part) -> bool {
         let layer = &self.layers[req.layer];
-        if unit < req.convert_units {
-            self.convert(layer, unit);
-            self.tokens_ready.fetch_add(1, Ordering::Release);
-            return true;
-        }
-        let unit = unit - req.convert_units;
-        let up_units = req.groups.len() * req.up_chunks;
-        if unit < up_units {
-            let (g, chunk) = (unit / req.up_chunks, unit % req.up_chunks);
-            if !self.wait_for(&self.tokens_ready, req.convert_units as u32) {
-                return false;
+        match part {
+            Part::Convert { token } => {
+                if token == 0 {
+                    fault::in_unit();
+                }
+                self.convert(layer, token);
+                self.tokens_ready.fetch_add(1, Ordering::Release);
             }
-            self.hidden_rows(layer, req, g, chunk);
-            if self.up_done[g].fetch_add(1, Ordering::AcqRel) + 1 == req.up_chunks as u32 {
-                self.convert_hidden(layer, req, g);
-                self.hidden_ready[g].store(1, Ordering::Release);
+            Part::Up { group, chunks } => {
+                if (group, chunks.first, req.convert_units) == (0, 0, 0) {
+                    fault::in_unit();
+                }
+                if !self.wait_for(&self.tokens_ready, req.convert_units as u32) {
+                    return false;
+                }
+                self.hidden_rows(layer, req, group, chunks);
+                let n = chunks.n as u32;
+                if self.up_done[group].fetch_add(n, Ordering::AcqRel) + n == req.up_chunks as u32 {
+                    self.convert_hidden(layer, req, group);
+                    self.hidden_ready[group].store(1, Ordering::Release);
+                }
             }
-        } else {
-            let unit = unit - up_units;
-            let (g, chunk) = (unit / req.down_chunks, unit % req.down_chunks);
-            if !self.wait_for(&self.hidden_ready[g], 1) {
-                return false;
+            Part::Down { group, chunks } => {
+                if !self.wait_for(&self.hidden_ready[group], 1) {
+                    return false;
+                }
+                self.output_rows(layer, req, group, chunks);
             }
-            self.output_rows(layer, req, g, chunk);
         }
         true
     }
@@ -493,24 +573,22 @@ impl Engine {
 
     /// A unit that failed still counts as done for those that wait for it; the request as a whole
     /// is marked failed, so nobody reads its rows.
-    fn release_dependents(&self, req: &Request, unit: usize) {
-        if unit < req.convert_units {
-            self.tokens_ready.fetch_add(1, Ordering::Release);
-        } else if let Some(g) = unit.checked_sub(req.convert_units).map(|u| u / req.up_chunks)
-            && g < req.groups.len()
-        {
-            self.hidden_ready[g].store(1, Ordering::Release);
+    fn release_dependents(&self, part: Part) {
+        match part {
+            Part::Convert { .. } => {
+                self.tokens_ready.fetch_add(1, Ordering::Release);
+            }
+            Part::Up { group, .. } => self.hidden_ready[group].store(1, Ordering::Release),
+            Part::Down { .. } => {}
         }
     }
 
     /// Answers the rows of a group with the last of its output chunks.
-    fn answer(&self, remote: &Remote, req: &Request, unit: usize) {
-        let up_units = req.groups.len() * req.up_chunks;
-        let Some(down) = unit.checked_sub(req.convert_units + up_units) else { return };
-        let g = down / req.down_chunks;
-        if self.down_done[g].fetch_add(1, Ordering::AcqRel) + 1 == req.down_chunks as u32 {
+    fn answer(&self, remote: &Remote, req: &Request, group: usize, chunks: Chunks) {
+        let n = chunks.n as u32;
+        if self.down_done[group].fetch_add(n, Ordering::AcqRel) + n == req.down_chunks as u32 {
             let ok = !self.mailbox.has_failed();
-            for row in &req.rows[req.groups[g].first..req.groups[g].end] {
+            for row in &req.rows[req.groups[group].first..req.groups[group].end] {
                 remote.answer(row.row, req.remote_epoch, ok);
             }
         }
@@ -526,12 +604,12 @@ impl Engine {
         if m.from_float.is_some() { self.act_conv.at(token) } else { self.act.at(token) }
     }
 
-    fn hidden_rows(&self, layer: &Layer, req: &Request, g: usize, chunk: usize) {
+    fn hidden_rows(&self, layer: &Layer, req: &Request, g: usize, chunks: Chunks) {
         let group = req.groups[g];
         let rows = &req.rows[group.first..group.end];
         let n_ff = layer.n_ff();
-        let first = chunk * req.up_rows;
-        let end = (first + req.up_rows).min(n_ff);
+        let first = chunks.first * req.up_rows;
+        let end = (first + chunks.n * req.up_rows).min(n_ff);
         let project = |m: &Matrix, offset: usize, out: &Rows| {
             let target = |row: &ColdRow| Target {
                 act: self.act_row(m, row.token as usize),
@@ -576,11 +654,11 @@ impl Engine {
         }
     }
 
-    fn output_rows(&self, layer: &Layer, req: &Request, g: usize, chunk: usize) {
+    fn output_rows(&self, layer: &Layer, req: &Request, g: usize, chunks: Chunks) {
         let group = req.groups[g];
         let m = &layer.down;
-        let first = chunk * req.down_rows;
-        let end = (first + req.down_rows).min(m.n_out);
+        let first = chunks.first * req.down_rows;
+        let end = (first + chunks.n * req.down_rows).min(m.n_out);
         let target = |row: &ColdRow| {
             let row = row.row as usize;
             Target {

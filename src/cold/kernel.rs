@@ -105,6 +105,10 @@ impl Matrix {
         let n = end - first;
         // A thread reads one row after the other, but rows cross pages, where the hardware's own prefetch stops.
         let ahead = self.ahead;
+        // all at once: one after the other, each would be waited for
+        for line in (0..ahead.min(n * self.row_bytes)).step_by(LINE) {
+            prefetch_line(self.row(expert, first).wrapping_add(line));
+        }
         if let Some(kernel) = &self.kernel {
             let first = self.row(expert, first);
             let rows = Rows { first, n, row_bytes: self.row_bytes, n_in: self.n_in, ahead };

@@ -91,6 +91,7 @@ impl WorkerPool {
 
     /// Lets the workers serve `engine`.
     pub fn attach(&self, engine: Arc<Engine>) {
+        engine.set_threads(self.len() + 1);
         self.state.engines.lock().push(engine);
         self.state.version.fetch_add(1, Ordering::Release);
     }
