@@ -304,6 +304,9 @@ impl Drop for Context {
         if stats.tokens > 0 {
             log!(Level::Info, "moe-hot: {stats}");
         }
+        if stats.linked > 0 {
+            log!(Level::Debug, "moe-hot: {}", self.lanes.lock().lanes);
+        }
         if let Some(Err(e)) = self.log.as_ref().map(|l| l.lock().write()) {
             log!(Level::Error, "moe-hot: the log of steps cannot be written: {e}");
         }

@@ -8,7 +8,15 @@
 //!   whose JOIN did not wait says that it was no longer than what the GPU did meanwhile.
 //! - The link takes `base + n * bytes * link`: base is what the GPU does between the two nodes anyway.
 //!
-//! Rates are by byte, so layers of different experts share what they learn.
+//! Rates are by byte, so layers of different experts share what they learn. The model knows nothing of what the lanes
+//! do to each other: both read the same memory, and uploads and other processes use the link as well. So every way to
+//! divide has a correction, the ratio of the time that a layer took to what the model said, and now and then a layer
+//! tries an expert more or less on the link than seems best.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Display, Formatter},
+};
 
 /// What the hand-off to the CPU and back costs, in ns (benches/handoff.rs: 7 to 8 us with rows of 8 KiB).
 const HAND_OFF_NS: f64 = 7_000.0;
@@ -18,12 +26,19 @@ const LOOK_NS: u32 = 2_000;
 const ALPHA: f64 = 1.0 / 128.0;
 /// Of a sample that only bounds the CPU's rate from above.
 const ALPHA_BOUND: f64 = 1.0 / 1024.0;
-/// Tokens between two looks at the tables.
-const TOKENS_PER_TABLE: u32 = 16;
-/// A link that has become too slow gets nothing, and nothing tells when it is fast again: of so many tables one gives
-/// it an expert of a single layer, whose samples weigh so much.
-const TABLES_PER_TRIAL: u32 = 16;
+/// Of a sample in a correction, and of one that a trial brought: there are few of them.
+const ALPHA_CORRECTION: f64 = 1.0 / 32.0;
 const ALPHA_TRIAL: f64 = 1.0 / 4.0;
+/// Tokens between two looks at the tables.
+const TOKENS_PER_TABLE: u32 = 4;
+/// One of so many layers tries another division at a time.
+const LAYERS_PER_TRIAL: usize = 48;
+/// A trial that is expected to take longer than this many times what is best costs too much; only one of so many is
+/// made all the same, because what is expected may be old.
+const TRIAL_PRICE: f64 = 1.25;
+const TRIALS_AT_ANY_PRICE: usize = 16;
+/// A division is left for one that promises to take less than this share of its time.
+const BETTER: f64 = 0.98;
 /// A kernel reads this share of what a copy moves over the link (DESIGN 6: 45 of 54 GB/s).
 const KERNEL_SHARE: f64 = 0.83;
 /// Reading weights, in bytes a ns: one core, and all that a machine's memory gives in the end.
@@ -50,47 +65,94 @@ pub struct Sample {
     pub wait_ns: u32,
 }
 
+/// What layers and context are like.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// Bytes of an expert by layer; 0 where the device cannot read them.
+    pub bytes: Vec<usize>,
+    /// Cold rows of a layer at most, and those of a single token.
+    pub max_rows: usize,
+    pub n_used: usize,
+    /// Bytes a ns that workers read, and that copies move over the link.
+    pub read_rate: f64,
+    pub copy_rate: f64,
+}
+
 /// The division of one context.
 #[derive(Debug)]
 pub struct Lanes {
-    /// Bytes of an expert by layer; 0 where the device cannot read them.
-    bytes: Vec<usize>,
-    /// Cold rows of a layer at most.
-    max_rows: usize,
+    shape: Shape,
     /// ns a byte.
     cpu: f64,
     link: f64,
     base_ns: f64,
+    /// Of the model, by bytes of an expert.
+    corrections: BTreeMap<usize, Corrections>,
     tokens: u32,
-    /// Whether an expert has gone over the link since the last look, other than for a trial.
-    in_use: bool,
-    /// Of a layer that tries the link.
-    trial: Option<usize>,
-    /// Where the next trial is.
-    next_trial: usize,
+    trial: Option<Trial>,
+    /// How many there were.
+    trials: usize,
     tables: Vec<u8>,
     version: u64,
 }
 
+/// A layer that divides in another way for a while.
+#[derive(Clone, Copy, Debug)]
+struct Trial {
+    layer: usize,
+    kind: Kind,
+    at_any_price: bool,
+}
+
+/// An expert more on the link, one less, or none at all: then the CPU has the memory for itself.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    More,
+    Less,
+    None,
+}
+
+/// For each number of cold experts and of those on the link: what the model's time is multiplied with.
+#[derive(Clone, Debug)]
+struct Corrections {
+    n: usize,
+    by_division: Vec<f64>,
+    /// What is best now.
+    chosen: Vec<usize>,
+}
+
+impl Corrections {
+    fn new(n: usize) -> Self {
+        Corrections { n, by_division: vec![1.0; (n + 1) * (n + 1)], chosen: vec![0; n + 1] }
+    }
+
+    /// 1 where there are more cold experts than a token has: nothing measures those.
+    fn get(&self, cold: usize, on_link: usize) -> f64 {
+        if cold > self.n { 1.0 } else { self.by_division[cold * (self.n + 1) + on_link] }
+    }
+
+    fn at(&mut self, cold: usize, on_link: usize) -> Option<&mut f64> {
+        (cold <= self.n).then(|| &mut self.by_division[cold * (self.n + 1) + on_link])
+    }
+}
+
 impl Lanes {
-    /// For layers with experts of `bytes` bytes, 0 where the device cannot read them in place; ubatches have up to
-    /// `max_rows` rows; workers read `read_rate` bytes a ns, and copies move `copy_rate` bytes a ns over the link.
-    pub fn new(bytes: Vec<usize>, max_rows: usize, read_rate: f64, copy_rate: f64) -> Self {
-        let tables = vec![0; bytes.len() * (max_rows + 1)];
-        let cpu = 1.0 / read_rate;
-        let link = 1.0 / (copy_rate * KERNEL_SHARE);
+    /// Before anything was measured.
+    pub fn new(shape: Shape) -> Self {
+        let tables = vec![0; shape.bytes.len() * (shape.max_rows + 1)];
+        let corrections =
+            shape.bytes.iter().filter(|b| **b > 0).map(|b| (*b, Corrections::new(shape.n_used))).collect();
         let mut lanes = Lanes {
-            bytes,
-            max_rows,
-            cpu,
-            link,
+            cpu: 1.0 / shape.read_rate,
+            link: 1.0 / (shape.copy_rate * KERNEL_SHARE),
             base_ns: 20_000.0,
+            corrections,
             tokens: 0,
-            in_use: true,
             trial: None,
-            next_trial: 0,
+            trials: 0,
             tables,
             version: 0,
+            shape,
         };
         lanes.make_tables();
         lanes
@@ -109,57 +171,92 @@ impl Lanes {
     /// Takes what a step of one token measured.
     pub fn observe(&mut self, samples: impl Iterator<Item = Sample>) {
         for s in samples {
-            let bytes = self.bytes[s.layer] as f64;
-            if bytes == 0.0 {
-                continue;
-            }
-            let span = f64::from(s.span_ns);
-            if s.on_link == 0 {
-                mix(&mut self.base_ns, span, ALPHA);
-            } else {
-                let is_trial = self.trial == Some(s.layer);
-                self.in_use |= !is_trial;
-                let alpha = if is_trial { ALPHA_TRIAL } else { ALPHA };
-                let rate = (span - self.base_ns) / (f64::from(s.on_link) * bytes);
-                mix(&mut self.link, rate.max(0.0), alpha);
-            }
-            if s.on_cpu > 0 {
-                let weights = f64::from(s.on_cpu) * bytes;
-                if s.wait_ns > LOOK_NS {
-                    let rate = (span + f64::from(s.wait_ns) - HAND_OFF_NS) / weights;
-                    mix(&mut self.cpu, rate.max(0.0), ALPHA);
-                } else {
-                    let most = (span - HAND_OFF_NS) / weights;
-                    if most < self.cpu {
-                        mix(&mut self.cpu, most.max(0.0), ALPHA_BOUND);
-                    }
-                }
+            let bytes = self.shape.bytes[s.layer];
+            if bytes > 0 {
+                self.correct(bytes, &s);
+                self.learn(bytes as f64, &s);
             }
         }
         self.tokens += 1;
         if self.tokens.is_multiple_of(TOKENS_PER_TABLE) {
-            let due = (self.tokens / TOKENS_PER_TABLE).is_multiple_of(TABLES_PER_TRIAL);
-            self.trial = if due && !self.in_use { self.choose_trial() } else { None };
-            self.in_use = false;
+            self.trial = self.next_trial();
             self.make_tables();
         }
     }
 
-    /// The layers in turn.
-    fn choose_trial(&mut self) -> Option<usize> {
-        let n = self.bytes.len();
-        let layer = (0..n).map(|i| (self.next_trial + i) % n).find(|l| self.bytes[*l] > 0)?;
-        self.next_trial = layer + 1;
-        Some(layer)
+    fn is_trial(&self, s: &Sample) -> bool {
+        self.trial.is_some_and(|t| t.layer == s.layer)
+    }
+
+    /// The correction of a division.
+    fn correct(&mut self, bytes: usize, s: &Sample) {
+        let (cold, on_link) = ((s.on_cpu + s.on_link) as usize, s.on_link as usize);
+        let said = self.time(bytes, cold, on_link);
+        let alpha = if self.is_trial(s) { ALPHA_TRIAL } else { ALPHA_CORRECTION };
+        if let Some(c) = self.corrections.get_mut(&bytes).and_then(|c| c.at(cold, on_link)) {
+            let took = f64::from(s.span_ns) + f64::from(s.wait_ns);
+            mix(c, took / said, alpha);
+        }
+    }
+
+    /// The rates of the lanes.
+    fn learn(&mut self, bytes: f64, s: &Sample) {
+        let span = f64::from(s.span_ns);
+        if s.on_link == 0 {
+            mix(&mut self.base_ns, span, ALPHA);
+        } else {
+            let alpha = if self.is_trial(s) { ALPHA_TRIAL } else { ALPHA };
+            let rate = (span - self.base_ns) / (f64::from(s.on_link) * bytes);
+            mix(&mut self.link, rate.max(0.0), alpha);
+        }
+        if s.on_cpu > 0 {
+            let weights = f64::from(s.on_cpu) * bytes;
+            if s.wait_ns > LOOK_NS {
+                let rate = (span + f64::from(s.wait_ns) - HAND_OFF_NS) / weights;
+                mix(&mut self.cpu, rate.max(0.0), ALPHA);
+            } else {
+                let most = (span - HAND_OFF_NS) / weights;
+                if most < self.cpu {
+                    mix(&mut self.cpu, most.max(0.0), ALPHA_BOUND);
+                }
+            }
+        }
+    }
+
+    /// The layers in turn, each kind on each.
+    fn next_trial(&mut self) -> Option<Trial> {
+        let n = self.shape.bytes.len();
+        let periods = (self.tokens / TOKENS_PER_TABLE) as usize;
+        if n == 0 || !periods.is_multiple_of((LAYERS_PER_TRIAL / n).max(1)) {
+            return None;
+        }
+        self.trials += 1;
+        let turn = self.trials / 3;
+        let layer = turn % n;
+        (self.shape.bytes[layer] > 0).then_some(Trial {
+            layer,
+            kind: [Kind::More, Kind::Less, Kind::None][self.trials % 3],
+            at_any_price: turn.is_multiple_of(TRIALS_AT_ANY_PRICE),
+        })
     }
 
     fn make_tables(&mut self) {
+        let bytes: Vec<usize> = self.corrections.keys().copied().collect();
+        for bytes in bytes {
+            for cold in 0..=self.shape.n_used {
+                let best = self.divide(bytes, cold);
+                let chosen = self.corrections[&bytes].chosen[cold];
+                let time = |on_link| self.corrected(bytes, cold, on_link);
+                if self.version == 0 || time(best) < time(chosen) * BETTER {
+                    self.corrections.get_mut(&bytes).expect("one of the keys").chosen[cold] = best;
+                }
+            }
+        }
         let mut changed = false;
-        for layer in 0..self.bytes.len() {
-            for cold in 0..=self.max_rows {
-                let trial = usize::from(self.trial == Some(layer)).min(cold);
-                let n = self.divide(self.bytes[layer], cold).max(trial) as u8;
-                let entry = &mut self.tables[layer * (self.max_rows + 1) + cold];
+        for layer in 0..self.shape.bytes.len() {
+            for cold in 0..=self.shape.max_rows {
+                let n = self.entry(layer, cold) as u8;
+                let entry = &mut self.tables[layer * (self.shape.max_rows + 1) + cold];
                 changed |= *entry != n;
                 *entry = n;
             }
@@ -167,17 +264,47 @@ impl Lanes {
         self.version += u64::from(changed || self.version == 0);
     }
 
+    fn entry(&self, layer: usize, cold: usize) -> usize {
+        let bytes = self.shape.bytes[layer];
+        let Some(c) = self.corrections.get(&bytes) else { return 0 };
+        let Some(&chosen) = c.chosen.get(cold) else { return self.divide(bytes, cold) };
+        let Some(trial) = self.trial.filter(|t| t.layer == layer) else { return chosen };
+        let other = match trial.kind {
+            Kind::More => (chosen + 1).min(cold),
+            Kind::Less => chosen.saturating_sub(1),
+            Kind::None => 0,
+        };
+        let time = |on_link| self.corrected(bytes, cold, on_link);
+        if trial.at_any_price || time(other) <= time(chosen) * TRIAL_PRICE { other } else { chosen }
+    }
+
     /// How many of `cold` experts of `bytes` bytes go over the link, so that the slower lane ends first.
     fn divide(&self, bytes: usize, cold: usize) -> usize {
-        if bytes == 0 {
-            return 0;
-        }
-        let bytes = bytes as f64;
-        let cpu = |n: usize| if n == 0 { 0.0 } else { HAND_OFF_NS + n as f64 * bytes * self.cpu };
-        let link = |n: usize| self.base_ns + n as f64 * bytes * self.link;
-        let end = |n: usize| cpu(cold - n).max(link(n));
+        let time = |on_link: usize| self.corrected(bytes, cold, on_link);
         // of equals the fewest
-        (0..=cold.min(u8::MAX.into())).min_by(|a, b| end(*a).total_cmp(&end(*b))).unwrap_or(0)
+        (0..=cold.min(u8::MAX.into())).min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(0)
+    }
+
+    fn corrected(&self, bytes: usize, cold: usize, on_link: usize) -> f64 {
+        self.time(bytes, cold, on_link) * self.corrections[&bytes].get(cold, on_link)
+    }
+
+    /// What the model says, in ns.
+    fn time(&self, bytes: usize, cold: usize, on_link: usize) -> f64 {
+        let bytes = bytes as f64;
+        let on_cpu = cold - on_link;
+        let cpu = if on_cpu == 0 { 0.0 } else { HAND_OFF_NS + on_cpu as f64 * bytes * self.cpu };
+        cpu.max(self.base_ns + on_link as f64 * bytes * self.link)
+    }
+}
+
+impl Display for Lanes {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "the CPU reads {:.0} GB/s, the link {:.0}", 1.0 / self.cpu, 1.0 / self.link)?;
+        for (bytes, c) in &self.corrections {
+            write!(f, "; of 0 to {} cold experts of {bytes} bytes it takes {:?}", c.n, c.chosen)?;
+        }
+        Ok(())
     }
 }
 
@@ -191,62 +318,67 @@ mod tests {
 
     const BYTES: usize = 3_538_944;
 
+    fn lanes(bytes: Vec<usize>, read_rate: f64) -> Lanes {
+        Lanes::new(Shape { bytes, max_rows: 8, n_used: 8, read_rate, copy_rate: 54.0 })
+    }
+
     fn table(l: &Lanes) -> Vec<u8> {
         l.tables()[..9].to_vec()
     }
 
     #[test]
     fn a_fast_cpu_takes_twice_what_the_link_takes() {
-        let l = Lanes::new(vec![BYTES], 8, 80.0, 54.0);
-        assert_eq!(table(&l), [0, 0, 0, 1, 1, 2, 2, 2, 3]);
+        assert_eq!(table(&lanes(vec![BYTES], 80.0)), [0, 0, 0, 1, 1, 2, 2, 2, 3]);
     }
 
     #[test]
     fn few_cores_leave_most_to_the_link() {
-        let l = Lanes::new(vec![BYTES], 8, 10.0, 54.0);
-        assert_eq!(table(&l), [0, 1, 2, 3, 4, 4, 5, 6, 7]);
+        assert_eq!(table(&lanes(vec![BYTES], 10.0)), [0, 1, 2, 3, 4, 4, 5, 6, 7]);
     }
 
     #[test]
     fn what_the_device_cannot_read_stays_on_the_cpu() {
-        let l = Lanes::new(vec![0, BYTES], 8, 20.0, 54.0);
+        let mut l = lanes(vec![0, BYTES], 20.0);
         assert_eq!(table(&l), [0; 9]);
         assert!(l.tables()[9..].iter().any(|n| *n > 0));
+        let s = Sample { layer: 0, on_cpu: 5, on_link: 0, span_ns: 20_000, wait_ns: 900_000 };
+        (0..1000).for_each(|_| l.observe([s].into_iter()));
+        assert_eq!(table(&l), [0; 9]);
     }
 
     #[test]
-    fn tables_follow_what_is_measured() {
-        let mut l = Lanes::new(vec![BYTES], 8, 80.0, 54.0);
-        let before = l.version();
-        // the link takes 400 us an expert instead of 79: somebody else uses it
-        for _ in 0..400 {
-            let slow = Sample { layer: 0, on_cpu: 5, on_link: 3, span_ns: 1_220_000, wait_ns: 0 };
-            l.observe([slow].into_iter());
-        }
-        assert_eq!(table(&l)[..8], [0; 8]);
-        assert!(l.version() > before);
-        // and the CPU 300 us: most go to the link again, whose rate is what it was measured last
-        for _ in 0..800 {
-            let slow = Sample { layer: 0, on_cpu: 4, on_link: 0, span_ns: 20_000, wait_ns: 1_187_000 };
-            l.observe([slow].into_iter());
-        }
-        assert!((3..=5).contains(&table(&l)[8]), "{:?}", table(&l));
+    fn ubatches_with_more_rows_than_a_token_are_divided_by_the_rates() {
+        let l = Lanes::new(Shape {
+            bytes: vec![BYTES],
+            max_rows: 64,
+            n_used: 8,
+            read_rate: 80.0,
+            copy_rate: 54.0,
+        });
+        let share = f64::from(l.tables()[64]) / 64.0;
+        assert!((0.3..0.4).contains(&share), "{share}");
     }
 
     /// What a machine does that moves so many bytes a ns on each lane, with all else as on the GPU machine.
     struct Machine {
+        layers: usize,
         cpu: f64,
         link: f64,
+        /// What is left of the CPU's rate while the link is in use.
+        left: f64,
+        hand_off_ns: f64,
         random: u64,
     }
 
     impl Machine {
-        const LAYERS: usize = 48;
-        const BASE_NS: f64 = 20_000.0;
+        fn new(layers: usize) -> Self {
+            Machine { layers, cpu: 90.0, link: 42.0, left: 0.88, hand_off_ns: 8_000.0, random: 1 }
+        }
 
         /// 0 to 1.
         fn draw(&mut self) -> f64 {
-            self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            self.random =
+                self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (self.random >> 40) as f64 / (1u64 << 24) as f64
         }
 
@@ -255,18 +387,20 @@ mod tests {
             let (mut time, mut alone) = (0.0, 0.0);
             for _ in 0..n {
                 let mut samples = Vec::new();
-                for layer in 0..Self::LAYERS {
-                    let cold = (1.0 + 7.0 * self.draw()) as usize;
+                for layer in 0..self.layers {
+                    let cold = (9.0 * self.draw()) as usize;
                     let on_link = usize::from(lanes.tables()[layer * 9 + cold]);
-                    let noise = 0.9 + 0.2 * self.draw();
-                    let cpu = |n: usize| match n {
+                    let base = 20_000.0 * (0.9 + 0.2 * self.draw());
+                    let noise = 0.85 + 0.3 * self.draw();
+                    let cpu = |n: usize, rate: f64| match n {
                         0 => 0.0,
-                        n => HAND_OFF_NS + (n * BYTES) as f64 / self.cpu * noise,
+                        n => self.hand_off_ns + (n * BYTES) as f64 / rate * noise,
                     };
-                    let span = Self::BASE_NS + (on_link * BYTES) as f64 / self.link * noise;
-                    let wait = (cpu(cold - on_link) - span).max(0.0);
+                    let rate = if on_link > 0 { self.cpu * self.left } else { self.cpu };
+                    let span = base + (on_link * BYTES) as f64 / self.link * noise;
+                    let wait = (cpu(cold - on_link, rate) - span).max(0.0);
                     time += span + wait;
-                    alone += Self::BASE_NS.max(cpu(cold));
+                    alone += base.max(cpu(cold, self.cpu));
                     samples.push(Sample {
                         layer,
                         on_cpu: (cold - on_link) as u32,
@@ -283,33 +417,47 @@ mod tests {
 
     #[test]
     fn a_link_that_others_use_is_left_within_64_tokens_and_found_again() {
-        for slower in [1.5, 2.0, 4.0, 8.0, 32.0] {
-            let mut m = Machine { cpu: 70.0, link: 45.0, random: 1 };
-            let mut lanes = Lanes::new(vec![BYTES; Machine::LAYERS], 8, 70.0, 54.0);
+        for (layers, slower) in [(48, 1.5), (48, 2.0), (48, 4.0), (48, 8.0), (48, 32.0), (6, 4.0)] {
+            let mut m = Machine::new(layers);
+            let mut lanes = lanes(vec![BYTES; layers], 110.0);
             m.decode(&mut lanes, 200);
-            let (idle, alone) = m.decode(&mut lanes, 200);
-            assert!(idle < alone * 0.75, "both lanes: {:.2} of the CPU", idle / alone);
-            m.link /= slower;
+            let (idle, alone) = m.decode(&mut lanes, 400);
+            assert!(idle < alone * 0.87, "both lanes: {:.2} of the CPU", idle / alone);
+            // whoever uses the link uses the memory as well, and the hand-off waits for them
+            (m.link, m.cpu, m.hand_off_ns) = (m.link / slower, m.cpu * 0.8, m.hand_off_ns * 2.0);
             m.decode(&mut lanes, 64);
             let (busy, alone) = m.decode(&mut lanes, 1000);
-            assert!(busy <= alone * 1.02, "{slower}: {:.3} of the CPU alone", busy / alone);
-            m.link *= slower;
+            assert!(busy <= alone * 1.02, "{layers}, {slower}: {:.3} of the CPU alone", busy / alone);
+            (m.link, m.cpu, m.hand_off_ns) = (m.link * slower, m.cpu / 0.8, m.hand_off_ns / 2.0);
             m.decode(&mut lanes, 1500);
-            let (again, _) = m.decode(&mut lanes, 200);
-            assert!(again < idle * 1.02, "{slower}: {:.3} of what it was", again / idle);
+            let (again, _) = m.decode(&mut lanes, 400);
+            assert!(again < idle * 1.03, "{layers}, {slower}: {:.3} of what it was", again / idle);
         }
     }
 
     #[test]
-    fn a_cpu_that_is_never_waited_for_gets_more() {
-        let mut l = Lanes::new(vec![BYTES], 8, 20.0, 54.0);
-        let at_first = table(&l)[8];
-        for _ in 0..8000 {
-            let idle = Sample { layer: 0, on_cpu: 2, on_link: 6, span_ns: 500_000, wait_ns: 0 };
-            l.observe([idle].into_iter());
-            let idle = Sample { layer: 0, on_cpu: 2, on_link: 0, span_ns: 60_000, wait_ns: 500 };
-            l.observe([idle].into_iter());
-        }
-        assert!(table(&l)[8] < at_first, "{:?}", table(&l));
+    fn a_cpu_that_takes_all_of_the_memory_keeps_all_experts() {
+        // what the link reads is what the CPU does not
+        let mut m = Machine { cpu: 60.0, link: 25.0, left: 0.5, ..Machine::new(48) };
+        let mut lanes = lanes(vec![BYTES; 48], 60.0);
+        m.decode(&mut lanes, 64);
+        let (both, alone) = m.decode(&mut lanes, 1000);
+        assert!(both <= alone * 1.02, "{:.3} of the CPU alone", both / alone);
+    }
+
+    #[test]
+    fn a_link_that_is_better_than_it_seems_gets_more() {
+        let mut m = Machine { cpu: 20.0, link: 42.0, ..Machine::new(48) };
+        // a measurement that noise has spoiled
+        let mut lanes = Lanes::new(Shape {
+            bytes: vec![BYTES; 48],
+            max_rows: 8,
+            n_used: 8,
+            read_rate: 110.0,
+            copy_rate: 10.0,
+        });
+        m.decode(&mut lanes, 300);
+        let (both, alone) = m.decode(&mut lanes, 300);
+        assert!(both <= alone * 0.45, "{:.3} of the CPU alone", both / alone);
     }
 }

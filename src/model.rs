@@ -25,7 +25,7 @@ use crate::{
     config::{Config, Kernels},
     device::{Device, SlotMemory, cuda, host},
     fault,
-    lanes::{Lanes, assumed_rate},
+    lanes::{self, Lanes, assumed_rate},
     log::{Level, log},
     policy::{self, Key, Limits, Policy, PoolShape, Swap},
     slots::{Action, SlotTable, Stamp},
@@ -558,9 +558,13 @@ impl Model {
     pub(crate) fn lanes(&self, max_rows: usize) -> Lanes {
         let a = self.pool();
         let bytes = |(l, link): (&Layer, &Vec<u64>)| if link.is_empty() { 0 } else { l.expert_bytes() };
-        let bytes = a.layers.iter().zip(&a.links).map(bytes).collect();
-        let read_rate = a.reading.map_or_else(|| assumed_rate(a.workers.len()), |r| r.rate);
-        Lanes::new(bytes, max_rows, read_rate, a.copy_rate)
+        Lanes::new(lanes::Shape {
+            bytes: a.layers.iter().zip(&a.links).map(bytes).collect(),
+            max_rows,
+            n_used: a.layers.iter().map(|l| l.n_used).max().unwrap_or(0),
+            read_rate: a.reading.map_or_else(|| assumed_rate(a.workers.len()), |r| r.rate),
+            copy_rate: a.copy_rate,
+        })
     }
 
     /// The class of a wired layer.

@@ -43,7 +43,7 @@ fn what_is_active_is_said_in_one_line() {
         status.as_deref(),
         Some(
             "moe-hot: requested K = 12, active: 48 slots for 128 experts in host memory (0.75 MiB, 2 classes), \
-             4 of 4 MoE layers, policy decay, rebalance interval 4 tokens, ubatches up to 7 tokens, 2 workers"
+             4 of 4 MoE layers, policy decay, rebalance interval 4 tokens, ubatches up to 7 tokens, 2 workers (ggml)"
         )
     );
 }
@@ -56,7 +56,7 @@ fn the_same_line_is_in_the_log() {
     llama.take_log();
     let ctx = model.context(ContextOptions::default()).unwrap();
     let expected = "moe-hot: requested K = 32, active: 192 slots for 384 experts in host memory (10.12 MiB, 1 class), \
-                    6 of 6 MoE layers, policy lru, rebalance interval 16 tokens, ubatches up to 3 tokens, 0 workers";
+                    6 of 6 MoE layers, policy lru, rebalance interval 16 tokens, ubatches up to 3 tokens, 0 workers (ggml)";
     assert_eq!(said(&llama.take_log(), 0), [expected]);
     assert_eq!(ctx.status().as_deref(), Some(expected));
 }

@@ -1,0 +1,74 @@
+//! Our row kernels in the place of ggml's: not its last bits, but its numbers, in the real model and with every
+//! weight type that has a kernel.
+
+use llama_tests::{
+    Hot, Llama, LoadOptions, Logits,
+    compare::{self, Failures},
+    models::{self, TestModel},
+    schedule::Schedule,
+};
+
+/// By row of logits, the error against `expected`, relative to its spread.
+fn errors(schedule: &Schedule, expected: &[Logits], got: &[Logits]) -> Vec<f64> {
+    let mut errors = Vec::new();
+    for (batch, (expected, got)) in schedule.batches.iter().zip(expected.iter().zip(got)) {
+        for i in (0..batch.len()).filter(|i| batch[*i].output) {
+            let (e, g) = (expected.row(i), got.row(i));
+            let squares = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
+                e.iter().zip(g).map(|(e, g)| f((*e).into(), (*g).into()).powi(2)).sum()
+            };
+            errors.push((squares(&|e, g| e - g) / squares(&|e, _| e)).sqrt());
+        }
+    }
+    errors.sort_by(f64::total_cmp);
+    errors
+}
+
+#[test]
+fn row_kernels_give_the_numbers_of_ggml() {
+    let llama = Llama::get();
+    assert!(llama.has_moe_hot(), "this libllama was built without LLAMA_MOE_HOT");
+    let llama = llama.exclusive();
+    let mut failures = Failures::default();
+    let mut kernels = Vec::new();
+    let shipped = models::shipped();
+    let synthetic = models::test_set().iter().filter(|m| m.supported && m.arch == "qwen3moe");
+    for about in synthetic.chain([&shipped]) {
+        let checked = check(&llama, about);
+        kernels.extend(failures.check(checked).flatten());
+    }
+    failures.done();
+    kernels.sort();
+    kernels.dedup();
+    println!("kernels: {kernels:?}");
+    #[cfg(target_arch = "x86_64")]
+    assert_eq!(!kernels.is_empty(), is_x86_feature_detected!("avx2"), "no kernel was tested");
+}
+
+/// Compares with stock; the kernels that were used, if any.
+fn check(llama: &llama_tests::Exclusive, about: &TestModel) -> Result<Option<String>, String> {
+    let name = about.name();
+    let model = llama.load(&about.file, LoadOptions::default())?;
+    let schedule = Schedule::mixed(model.n_vocab(), 3, 60);
+    let expected = compare::stock(llama, &model, &schedule).map_err(|e| format!("{name}: {e}"))?;
+    llama.hot(&Hot { k: about.ks()[0], workers: 2, ..Hot::default() });
+    llama.set("moe-hot-kernels", Some("rows"))?;
+    let mut ctx = model.context(schedule.context)?;
+    let status = ctx.status().ok_or(format!("{name}: there are no slots"))?;
+    let kernels = status.rsplit_once(" (").map(|(_, k)| k.trim_end_matches(')').to_string());
+    let kernels = kernels.filter(|k| k.contains("avx"));
+    let run = compare::decode(&mut ctx, &schedule).map_err(|e| format!("{name}: {e}"))?;
+    llama.off();
+    let errors = errors(&schedule, &expected.logits, &run.logits);
+    // Last bits decide which way activations are rounded to 8 bits in the next layer, and which of two experts that are
+    // nearly equal is chosen: 1% in the trained model. What is wrong with a kernel is as large as the logits.
+    let (middle, most) = (errors[errors.len() / 2], errors[errors.len() * 9 / 10]);
+    println!("{name}, {kernels:?}: middle {middle:.1e}, 90% {most:.1e}");
+    if kernels.is_none() && errors.iter().any(|e| *e > 0.0) {
+        return Err(format!("{name}: no kernel, and other numbers"));
+    }
+    if middle > 0.02 || most > 0.05 {
+        return Err(format!("{name}: relative errors {middle:.1e} in the middle, 90% below {most:.1e}"));
+    }
+    Ok(kernels)
+}
