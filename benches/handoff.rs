@@ -96,7 +96,7 @@ impl Graph {
                 self.stream.synchronize().expect("the graph runs");
             }
             best = best.min(start.elapsed().as_secs_f64() * 1e6 / replays as f64);
-            port.harvest(&mut StepUsage::new(LAYERS), &mut Vec::new());
+            port.harvest(&mut StepUsage::new(LAYERS), &mut Vec::new(), |_| 0);
             assert_eq!(port.take_fault(), Ok(None), "JOIN gave up");
         }
         best

@@ -232,7 +232,7 @@ impl Context {
             let mut lanes = self.lanes.lock();
             let Measured { lanes, samples } = &mut *lanes;
             samples.clear();
-            let waited = port.harvest(&mut usage, samples);
+            let waited = port.harvest(&mut usage, samples, |layer| self.engine.took_ns(layer));
             self.counters.join_wait_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
             match port.take_fault() {
                 Ok(None) if samples.is_empty() => {}

@@ -4,8 +4,8 @@
 //! DISPATCH divides them by a table: of c cold rows the last `table[c]` go over the link. The table comes from a
 //! model of both lanes whose rates are measured while decode runs:
 //!
-//! - The CPU takes `HAND_OFF + n * bytes * cpu` for n experts. A layer whose JOIN waited tells it exactly; one
-//!   whose JOIN did not wait says that it was no longer than what the GPU did meanwhile.
+//! - The CPU takes `HAND_OFF + n * bytes * cpu` for n experts, and tells what it took. (What JOIN waited tells it
+//!   only where the CPU was last, and taken for that elsewhere it drives all experts to the link.)
 //! - The link takes `base + n * bytes * link`: base is what the GPU does between the two nodes anyway.
 //!
 //! Rates are by byte, so layers of different experts share what they learn. The model knows nothing of what the lanes
@@ -20,12 +20,8 @@ use std::{
 
 /// What the hand-off to the CPU and back costs, in ns (benches/handoff.rs: 7 to 8 us with rows of 8 KiB).
 const HAND_OFF_NS: f64 = 7_000.0;
-/// Waits of JOIN up to here are the time that it takes to look, in ns.
-const LOOK_NS: u32 = 2_000;
 /// Weight of a sample: some hundred layers, a few tokens.
 const ALPHA: f64 = 1.0 / 128.0;
-/// Of a sample that only bounds the CPU's rate from above.
-const ALPHA_BOUND: f64 = 1.0 / 1024.0;
 /// Of a sample in a correction, and of one that a trial brought: there are few of them.
 const ALPHA_CORRECTION: f64 = 1.0 / 32.0;
 const ALPHA_TRIAL: f64 = 1.0 / 4.0;
@@ -63,6 +59,8 @@ pub struct Sample {
     pub span_ns: u32,
     /// JOIN's longest wait for a row, in ns.
     pub wait_ns: u32,
+    /// What the CPU took for its experts, from the time that it saw them, in ns.
+    pub cpu_ns: u32,
 }
 
 /// What layers and context are like.
@@ -70,11 +68,13 @@ pub struct Sample {
 pub struct Shape {
     /// Bytes of an expert by layer; 0 where the device cannot read them.
     pub bytes: Vec<usize>,
-    /// Cold rows of a layer at most, and those of a single token.
+    /// Cold rows of a layer at most.
     pub max_rows: usize,
+    /// Experts that a token uses: as many rows it has at most.
     pub n_used: usize,
-    /// Bytes a ns that workers read, and that copies move over the link.
+    /// Bytes a ns that workers read.
     pub read_rate: f64,
+    /// Bytes a ns that copies move over the link.
     pub copy_rate: f64,
 }
 
@@ -210,16 +210,7 @@ impl Lanes {
             mix(&mut self.link, rate.max(0.0), alpha);
         }
         if s.on_cpu > 0 {
-            let weights = f64::from(s.on_cpu) * bytes;
-            if s.wait_ns > LOOK_NS {
-                let rate = (span + f64::from(s.wait_ns) - HAND_OFF_NS) / weights;
-                mix(&mut self.cpu, rate.max(0.0), ALPHA);
-            } else {
-                let most = (span - HAND_OFF_NS) / weights;
-                if most < self.cpu {
-                    mix(&mut self.cpu, most.max(0.0), ALPHA_BOUND);
-                }
-            }
+            mix(&mut self.cpu, f64::from(s.cpu_ns) / (f64::from(s.on_cpu) * bytes), ALPHA);
         }
     }
 
@@ -341,7 +332,8 @@ mod tests {
         let mut l = lanes(vec![0, BYTES], 20.0);
         assert_eq!(table(&l), [0; 9]);
         assert!(l.tables()[9..].iter().any(|n| *n > 0));
-        let s = Sample { layer: 0, on_cpu: 5, on_link: 0, span_ns: 20_000, wait_ns: 900_000 };
+        let s =
+            Sample { layer: 0, on_cpu: 5, on_link: 0, span_ns: 20_000, wait_ns: 900_000, cpu_ns: 910_000 };
         (0..1000).for_each(|_| l.observe([s].into_iter()));
         assert_eq!(table(&l), [0; 9]);
     }
@@ -392,21 +384,24 @@ mod tests {
                     let on_link = usize::from(lanes.tables()[layer * 9 + cold]);
                     let base = 20_000.0 * (0.9 + 0.2 * self.draw());
                     let noise = 0.85 + 0.3 * self.draw();
-                    let cpu = |n: usize, rate: f64| match n {
-                        0 => 0.0,
-                        n => self.hand_off_ns + (n * BYTES) as f64 / rate * noise,
-                    };
+                    // to look takes some time, too
+                    let look = 1_000.0 + 3_000.0 * self.draw();
+                    let work = |n: usize, rate: f64| (n * BYTES) as f64 / rate * noise;
+                    let cpu = |work: f64| if work > 0.0 { self.hand_off_ns + work } else { 0.0 };
                     let rate = if on_link > 0 { self.cpu * self.left } else { self.cpu };
-                    let span = base + (on_link * BYTES) as f64 / self.link * noise;
-                    let wait = (cpu(cold - on_link, rate) - span).max(0.0);
+                    let took = work(cold - on_link, rate);
+                    let span = base + work(on_link, self.link);
+                    let wait = if took > 0.0 { (cpu(took) - span).max(look) } else { 0.0 };
                     time += span + wait;
-                    alone += base.max(cpu(cold, self.cpu));
+                    alone +=
+                        if cold > 0 { base + (cpu(work(cold, self.cpu)) - base).max(look) } else { base };
                     samples.push(Sample {
                         layer,
                         on_cpu: (cold - on_link) as u32,
                         on_link: on_link as u32,
                         span_ns: span as u32,
                         wait_ns: wait as u32,
+                        cpu_ns: took as u32,
                     });
                 }
                 lanes.observe(samples.into_iter());

@@ -238,6 +238,10 @@ pub struct Engine {
     /// Output, `[n_embd]` f32 a cold row.
     out: Rows,
     busy_ns: AtomicU64,
+    /// When the device's request was seen, in ns since `made`, and by layer how long its last one took.
+    made: Instant,
+    seen_ns: AtomicU64,
+    took_ns: Box<[AtomicU32]>,
 }
 
 // SAFETY: `request` is written only by `post`, while no unit is open (its contract), and read only
@@ -282,6 +286,9 @@ impl Engine {
             hidden_conv: Rows::new(rows, max(&|l| l.down.converted_bytes())),
             out,
             busy_ns: AtomicU64::new(0),
+            made: Instant::now(),
+            seen_ns: AtomicU64::new(0),
+            took_ns: layers.iter().map(|_| AtomicU32::new(0)).collect(),
             layers,
         }
     }
@@ -289,6 +296,11 @@ impl Engine {
     /// Tells how many threads work for it.
     pub fn set_threads(&self, n: usize) {
         self.n_threads.store(n.max(1) as u32, Ordering::Relaxed);
+    }
+
+    /// How long the last request of a device for `layer` took, from the time that it was seen, in ns.
+    pub fn took_ns(&self, layer: usize) -> u32 {
+        self.took_ns[layer].load(Ordering::Relaxed)
     }
 
     /// Time that threads spent in units since the last reset, in us, summed over threads.
@@ -341,6 +353,8 @@ impl Engine {
         }
         // SAFETY: its epoch has just been seen, and only this thread goes on to answer it.
         let (layer, n_tokens, rows) = unsafe { remote.read() };
+        self.seen_ns.store(self.made.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        self.took_ns[layer].store(0, Ordering::Relaxed);
         let n_used = self.layers[layer].n_used as u32;
         let rows = rows.map(|(row, expert)| ColdRow { expert, token: row / n_used, row });
         // The device may post as soon as it has the last answer, before the thread that gave it has
@@ -587,6 +601,10 @@ impl Engine {
     fn answer(&self, remote: &Remote, req: &Request, group: usize, chunks: Chunks) {
         let n = chunks.n as u32;
         if self.down_done[group].fetch_add(n, Ordering::AcqRel) + n == req.down_chunks as u32 {
+            // before the last answer, after which the step may end
+            let seen_ns = self.seen_ns.load(Ordering::Relaxed);
+            let took = (self.made.elapsed().as_nanos() as u64).saturating_sub(seen_ns);
+            self.took_ns[req.layer].fetch_max(took.try_into().unwrap_or(u32::MAX), Ordering::Relaxed);
             let ok = !self.mailbox.has_failed();
             for row in &req.rows[req.groups[group].first..req.groups[group].end] {
                 remote.answer(row.row, req.remote_epoch, ok);

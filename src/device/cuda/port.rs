@@ -296,8 +296,14 @@ impl Port {
     }
 
     /// Adds what the step has routed to `usage`, and for a single token what each layer measured to `samples`;
-    /// how long JOIN waited, over all layers. Called when the step has ended.
-    pub fn harvest(&self, usage: &mut StepUsage, samples: &mut Vec<Sample>) -> Duration {
+    /// how long JOIN waited, over all layers. `took_ns` tells how long a layer's cold experts took the CPU. Called
+    /// when the step has ended.
+    pub fn harvest(
+        &self,
+        usage: &mut StepUsage,
+        samples: &mut Vec<Sample>,
+        took_ns: impl Fn(usize) -> u32,
+    ) -> Duration {
         let mut waited = Duration::ZERO;
         let max_rows = self.max_rows();
         for layer in 0..self.shape.n_layers {
@@ -317,7 +323,8 @@ impl Port {
                     ptr::read_volatile(&raw const (*header).span_ns),
                 )
             };
-            let mut sample = Sample { layer, on_cpu: 0, on_link: 0, span_ns, wait_ns: 0 };
+            let mut sample =
+                Sample { layer, on_cpu: 0, on_link: 0, span_ns, wait_ns: 0, cpu_ns: took_ns(layer) };
             for row in 0..n_rows.min(max_rows) {
                 // SAFETY: as above.
                 let (id, wait) = unsafe {
