@@ -58,6 +58,9 @@ pub struct Context {
     log: Option<Mutex<StepLog>>,
 }
 
+/// After a failure of the cold engine its experts go over the link for so many tokens, where that is possible.
+const REST_TOKENS: u32 = 64;
+
 /// How cold experts are divided, and what the last step measured.
 struct Measured {
     lanes: Lanes,
@@ -169,12 +172,13 @@ impl Context {
         self.failed.lock().get_or_insert(why);
     }
 
-    /// Largest ubatch that takes the hot path, in tokens; 0 while a thread of the cold engine is stuck: the
-    /// stock graph needs none of them.
+    /// Largest ubatch that takes the hot path, in tokens; 0 while a thread of the cold engine is stuck and the device
+    /// cannot do without: the stock graph needs none of them.
     pub fn max_tokens(&self) -> u32 {
         if self.stuck.load(Ordering::Relaxed) {
             if !self.engine.is_idle() {
-                return 0;
+                let without = self.lanes.lock().lanes.rest_cpu(REST_TOKENS);
+                return if without { self.model.max_tokens() } else { 0 };
             }
             self.stuck.store(false, Ordering::Relaxed);
             log!(
@@ -219,8 +223,19 @@ impl Context {
     pub fn step_end(&self) -> Result<(), StepError> {
         self.close_step();
         let Some(why) = self.failed.lock().take() else { return Ok(()) };
-        if self.stuck.load(Ordering::Relaxed) {
-            log!(Level::Warn, "moe-hot: this context takes the stock graph until they arrive");
+        if matches!(why, StepError::Engine(_)) {
+            let without = self.lanes.lock().lanes.rest_cpu(REST_TOKENS);
+            let until = match (self.stuck.load(Ordering::Relaxed), without) {
+                (true, true) => "the device reads all cold experts over the link until they arrive".into(),
+                (true, false) => "this context takes the stock graph until they arrive".into(),
+                (false, true) => {
+                    format!("the device reads all cold experts over the link for {REST_TOKENS} tokens")
+                }
+                (false, false) => String::new(),
+            };
+            if !until.is_empty() {
+                log!(Level::Warn, "moe-hot: {until}");
+            }
         }
         Err(why)
     }

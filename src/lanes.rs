@@ -89,6 +89,8 @@ pub struct Lanes {
     /// Of the model, by bytes of an expert.
     corrections: BTreeMap<usize, Corrections>,
     tokens: u32,
+    /// So many more tokens the CPU gets nothing.
+    resting: u32,
     trial: Option<Trial>,
     /// How many there were.
     trials: usize,
@@ -148,6 +150,7 @@ impl Lanes {
             base_ns: 20_000.0,
             corrections,
             tokens: 0,
+            resting: 0,
             trial: None,
             trials: 0,
             tables,
@@ -168,6 +171,16 @@ impl Lanes {
         &self.tables
     }
 
+    /// Gives the CPU nothing for so many tokens, because it failed; false where the device cannot read all experts.
+    pub fn rest_cpu(&mut self, tokens: u32) -> bool {
+        let possible = self.shape.bytes.iter().all(|b| *b > 0) && self.shape.max_rows <= u8::MAX.into();
+        if possible {
+            self.resting = tokens;
+            self.make_tables();
+        }
+        possible
+    }
+
     /// Takes what a step of one token measured.
     pub fn observe(&mut self, samples: impl Iterator<Item = Sample>) {
         for s in samples {
@@ -178,7 +191,9 @@ impl Lanes {
             }
         }
         self.tokens += 1;
-        if self.tokens.is_multiple_of(TOKENS_PER_TABLE) {
+        let rested = self.resting == 1;
+        self.resting = self.resting.saturating_sub(1);
+        if rested || self.tokens.is_multiple_of(TOKENS_PER_TABLE) {
             self.trial = self.next_trial();
             self.make_tables();
         }
@@ -256,6 +271,9 @@ impl Lanes {
     }
 
     fn entry(&self, layer: usize, cold: usize) -> usize {
+        if self.resting > 0 {
+            return cold;
+        }
         let bytes = self.shape.bytes[layer];
         let Some(c) = self.corrections.get(&bytes) else { return 0 };
         let Some(&chosen) = c.chosen.get(cold) else { return self.divide(bytes, cold) };
@@ -336,6 +354,22 @@ mod tests {
             Sample { layer: 0, on_cpu: 5, on_link: 0, span_ns: 20_000, wait_ns: 900_000, cpu_ns: 910_000 };
         (0..1000).for_each(|_| l.observe([s].into_iter()));
         assert_eq!(table(&l), [0; 9]);
+    }
+
+    #[test]
+    fn a_cpu_that_failed_gets_nothing_for_a_while() {
+        let mut l = lanes(vec![BYTES], 80.0);
+        let before = (table(&l), l.version());
+        assert!(l.rest_cpu(3));
+        assert_eq!(table(&l), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+        assert!(l.version() > before.1);
+        let s = Sample { layer: 0, on_cpu: 0, on_link: 4, span_ns: 400_000, wait_ns: 0, cpu_ns: 0 };
+        l.observe([s].into_iter());
+        l.observe([s].into_iter());
+        assert_eq!(table(&l)[8], 8);
+        l.observe([s].into_iter());
+        assert!(table(&l)[8] < 8);
+        assert!(!lanes(vec![BYTES, 0], 80.0).rest_cpu(3), "an expert that only the CPU can read");
     }
 
     #[test]
