@@ -2,7 +2,7 @@
 //! build/bin (MOE_HOT_BUILD_DIR); without a build there is nothing to measure, and that is said.
 //!
 //! `cold/TYPE/KERNEL`: one thread computes a token's 8 cold experts of a layer 1024 wide with 512 hidden units, by
-//! ggml's dot product and by our row kernel; the experts are taken in turn from more memory than the caches hold. `node/...`: DISPATCH and JOIN of
+//! ggml's dot product and by our row kernels; the experts are taken in turn from more memory than the caches hold. `node/...`: DISPATCH and JOIN of
 //! a layer whose experts all have slots, and of one that has none but no weights to speak of.
 
 #[path = "../tests/ggml/mod.rs"]
@@ -18,7 +18,7 @@ use std::{
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ggml::Ggml;
 use moe_hot::{
-    cold::{Activation, ColdRow, Engine, Layer},
+    cold::{Activation, ColdRow, Engine, Layer, Matrix, rows::RowKernel},
     ffi,
     ggml::ggml_tensor,
 };
@@ -54,35 +54,29 @@ fn cold(c: &mut Criterion, ggml: &Ggml) {
     for (ty, name, elements, bytes) in TYPES {
         let expert = 3 * N_EMBD * N_FF / elements * bytes;
         let n_expert = MEMORY / expert / N_USED * N_USED;
-        // small positive bytes: no block has a scale that is not a number
-        let data: Vec<u8> = (0..n_expert * expert).map(|i| (i % 47) as u8).collect();
+        // no block has a scale that is not a number, or one so small that products are denormal
+        let data: Vec<u8> = (0..n_expert * expert).map(|i| 0x60 + (i % 7) as u8).collect();
         let at = |part: usize| data[part * n_expert * expert / 3..].as_ptr();
-        let matrix = |part: usize, n_in, n_out, ours: bool| {
-            let mut m = ggml.matrix(at(part), ty, n_in, n_out);
-            if ours {
-                m.use_row_kernel();
-            }
-            m
-        };
+        let m = ggml.matrix(at(0), ty, N_EMBD, N_FF);
+        let kernels = RowKernel::all(ty, N_EMBD, m.row_bytes, m.act_row_bytes).map(Some);
         let mut group = c.benchmark_group(format!("cold/{name}"));
-        for (kernel, ours) in [("ggml", false), ("rows", true)] {
+        for kernel in std::iter::once(None).chain(kernels) {
+            let matrix = |part, n_in, n_out| Matrix { kernel, ..ggml.matrix(at(part), ty, n_in, n_out) };
             let layer = Layer {
                 il: 0,
                 n_expert,
                 n_used: N_USED,
-                gate: Some(matrix(0, N_EMBD, N_FF, ours)),
-                up: matrix(1, N_EMBD, N_FF, ours),
-                down: matrix(2, N_FF, N_EMBD, ours),
+                gate: Some(matrix(0, N_EMBD, N_FF)),
+                up: matrix(1, N_EMBD, N_FF),
+                down: matrix(2, N_FF, N_EMBD),
                 merged: false,
                 activation: Activation::Gated(swiglu),
             };
-            if ours && layer.up.kernel.is_none() {
-                continue;
-            }
+            let set = kernel.map_or("ggml", |k| k.name.rsplit(' ').next().unwrap_or(k.name));
             group.throughput(Throughput::Bytes((N_USED * layer.expert_bytes()) as u64));
             let engine = Engine::new([layer].into(), 1, None);
             let mut first = 0;
-            group.bench_function(kernel, |b| {
+            group.bench_function(set, |b| {
                 b.iter(|| {
                     first = (first + N_USED) % n_expert;
                     let row = |k| ColdRow { expert: (first + k) as u32, token: 0, row: k as u32 };

@@ -25,14 +25,17 @@ const ALPHA: f64 = 1.0 / 128.0;
 /// Of a sample in a correction, and of one that a trial brought: there are few of them.
 const ALPHA_CORRECTION: f64 = 1.0 / 32.0;
 const ALPHA_TRIAL: f64 = 1.0 / 4.0;
+const ALPHA_RARE: f64 = 1.0 / 2.0;
 /// Tokens between two looks at the tables.
 const TOKENS_PER_TABLE: u32 = 4;
 /// One of so many layers tries another division at a time.
-const LAYERS_PER_TRIAL: usize = 48;
+const LAYERS_PER_TRIAL: usize = 32;
 /// A trial that is expected to take longer than this many times what is best costs too much; only one of so many is
 /// made all the same, because what is expected may be old.
 const TRIAL_PRICE: f64 = 1.25;
 const TRIALS_AT_ANY_PRICE: usize = 16;
+/// The link has to be worth so much more than none, which costs the GPU and the memory nothing.
+const WORTH: f64 = 1.03;
 /// A division is left for one that promises to take less than this share of its time.
 const BETTER: f64 = 0.98;
 /// A kernel reads this share of what a copy moves over the link (DESIGN 6: 45 of 54 GB/s).
@@ -220,7 +223,12 @@ impl Lanes {
         if s.on_link == 0 {
             mix(&mut self.base_ns, span, ALPHA);
         } else {
-            let alpha = if self.is_trial(s) { ALPHA_TRIAL } else { ALPHA };
+            let alpha = match self.trial.filter(|t| t.layer == s.layer) {
+                // nothing else may have told the rate for long
+                Some(t) if t.at_any_price => ALPHA_RARE,
+                Some(_) => ALPHA_TRIAL,
+                None => ALPHA,
+            };
             let rate = (span - self.base_ns) / (f64::from(s.on_link) * bytes);
             mix(&mut self.link, rate.max(0.0), alpha);
         }
@@ -252,8 +260,8 @@ impl Lanes {
             for cold in 0..=self.shape.n_used {
                 let best = self.divide(bytes, cold);
                 let chosen = self.corrections[&bytes].chosen[cold];
-                let time = |on_link| self.corrected(bytes, cold, on_link);
-                if self.version == 0 || time(best) < time(chosen) * BETTER {
+                let cost = |on_link| self.cost(bytes, cold, on_link);
+                if self.version == 0 || cost(best) < cost(chosen) * BETTER {
                     self.corrections.get_mut(&bytes).expect("one of the keys").chosen[cold] = best;
                 }
             }
@@ -283,19 +291,21 @@ impl Lanes {
             Kind::Less => chosen.saturating_sub(1),
             Kind::None => 0,
         };
-        let time = |on_link| self.corrected(bytes, cold, on_link);
-        if trial.at_any_price || time(other) <= time(chosen) * TRIAL_PRICE { other } else { chosen }
+        let cost = |on_link| self.cost(bytes, cold, on_link);
+        if trial.at_any_price || cost(other) <= cost(chosen) * TRIAL_PRICE { other } else { chosen }
     }
 
     /// How many of `cold` experts of `bytes` bytes go over the link, so that the slower lane ends first.
     fn divide(&self, bytes: usize, cold: usize) -> usize {
-        let time = |on_link: usize| self.corrected(bytes, cold, on_link);
+        let cost = |on_link: usize| self.cost(bytes, cold, on_link);
         // of equals the fewest
-        (0..=cold.min(u8::MAX.into())).min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(0)
+        (0..=cold.min(u8::MAX.into())).min_by(|a, b| cost(*a).total_cmp(&cost(*b))).unwrap_or(0)
     }
 
-    fn corrected(&self, bytes: usize, cold: usize, on_link: usize) -> f64 {
-        self.time(bytes, cold, on_link) * self.corrections[&bytes].get(cold, on_link)
+    /// The corrected time of a division, and what the link has to be worth.
+    fn cost(&self, bytes: usize, cold: usize, on_link: usize) -> f64 {
+        let worth = if on_link > 0 { WORTH } else { 1.0 };
+        self.time(bytes, cold, on_link) * self.corrections[&bytes].get(cold, on_link) * worth
     }
 
     /// What the model says, in ns.

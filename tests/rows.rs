@@ -96,7 +96,7 @@ fn errors(ggml: &Ggml, ty: i32, n_in: usize, n_out: usize, n_acts: usize, seed: 
 #[test]
 fn the_error_is_no_larger_than_that_of_ggml() {
     let ggml = ggml();
-    let mut tested = 0;
+    let mut tested = Vec::new();
     for (ty, _) in TYPES {
         for n_in in [512, 1024, 2048, 4096] {
             for (name, [theirs, ours, sum]) in errors(&ggml, ty, n_in, 512, 16, n_in as u64) {
@@ -104,12 +104,17 @@ fn the_error_is_no_larger_than_that_of_ggml() {
                 println!("{name} {n_in}: {:.2e}, ggml {:.2e}", relative(ours), relative(theirs));
                 assert!(ours <= theirs, "{name}, {n_in}: {:e} and {:e}", relative(ours), relative(theirs));
                 assert!(relative(ours) < 1e-6, "{name}, {n_in}: {:e}", relative(ours));
-                tested += 1;
+                tested.push(name);
             }
         }
     }
     #[cfg(target_arch = "x86_64")]
-    assert_eq!(tested > 0, is_x86_feature_detected!("avx512vnni"), "no kernel was tested");
+    for (set, available) in
+        [("avx2", is_x86_feature_detected!("avx2")), ("avx512", is_x86_feature_detected!("avx512vnni"))]
+    {
+        let n = tested.iter().filter(|name| name.ends_with(set)).count();
+        assert_eq!(n, if available { 4 * TYPES.len() } else { 0 }, "{set}: a kernel for each type");
+    }
 }
 
 proptest! {

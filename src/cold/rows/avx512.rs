@@ -7,8 +7,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{IQ4_VALUES, MAX_AT_ONCE, MXFP4_VALUES, RowKernel, Rows, TABLE_OFFSET};
-use crate::{cold::kernel::Target, ggml};
+use super::{IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Q8_K_BYTES, RowKernel, spread};
+use crate::ggml;
 
 pub fn is_available() -> bool {
     is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni")
@@ -28,14 +28,7 @@ pub fn kernel(ty: i32) -> Option<RowKernel> {
     })
 }
 
-fn of<F: Format>(name: &'static str) -> RowKernel {
-    RowKernel {
-        name,
-        act_bytes: |n_in| n_in.div_ceil(F::N) * size_of::<F::Act>(),
-        prepare: prepare::<F>,
-        multiply: multiply::<F>,
-    }
-}
+super::row_loops!("avx512bw,avx512vnni");
 
 /// A row's product with an activation, so far.
 #[derive(Clone, Copy)]
@@ -70,112 +63,6 @@ impl Sum {
         _mm512_reduce_add_pd(_mm512_sub_pd(_mm512_add_pd(low, high), mins)) as f32
     }
 }
-
-/// How rows of a type are multiplied, step by step.
-trait Format {
-    /// Elements of a step.
-    const N: usize;
-    /// Its bytes in a row, and in an activation as ggml has it.
-    const BYTES: usize;
-    const GGML_ACT_BYTES: usize;
-    /// The prepared activation of a step; all of them are aligned to 64 bytes.
-    type Act;
-    /// The weights of a step in registers.
-    type Weights;
-
-    /// # Safety
-    /// As all functions here: the CPU has the instructions, and the pointers a step's bytes.
-    unsafe fn prepare(act: *const u8) -> Self::Act;
-    unsafe fn decode(w: *const u8) -> Self::Weights;
-    /// Adds the products to `sum`.
-    unsafe fn dot(w: &Self::Weights, act: &Self::Act, sum: Sum) -> Sum;
-}
-
-#[target_feature(enable = "avx512bw,avx512vnni")]
-unsafe fn prepare<F: Format>(n_in: usize, act: *const u8, out: *mut u8) {
-    let out = out.cast::<F::Act>();
-    let (steps, rest) = (n_in / F::N, n_in % F::N);
-    for s in 0..steps {
-        // SAFETY: the caller vouches for both rows.
-        unsafe { out.add(s).write(F::prepare(act.add(s * F::GGML_ACT_BYTES))) };
-    }
-    if rest > 0 {
-        // SAFETY: as above; the rest of the step are blocks of zeroes.
-        unsafe {
-            let last = padded(act.add(steps * F::GGML_ACT_BYTES), rest * F::GGML_ACT_BYTES / F::N);
-            out.add(steps).write(F::prepare(last.as_ptr()));
-        }
-    }
-}
-
-/// The longest step of blocks of 32, which are those that can end within one.
-const PADDED: usize = 4 * 34;
-
-/// `n` bytes and zeroes.
-unsafe fn padded(from: *const u8, n: usize) -> [u8; PADDED] {
-    let mut out = [0; PADDED];
-    // SAFETY: the caller has `n` bytes; more than a step are none.
-    unsafe { std::ptr::copy_nonoverlapping(from, out[..n].as_mut_ptr(), n) };
-    out
-}
-
-#[target_feature(enable = "avx512bw,avx512vnni")]
-unsafe fn multiply<F: Format>(rows: &Rows, targets: &[Target]) {
-    const { assert!(MAX_AT_ONCE == 4) };
-    // SAFETY: passed on.
-    unsafe {
-        match *targets {
-            [a] => multiply_by::<F, 1>(rows, [a]),
-            [a, b] => multiply_by::<F, 2>(rows, [a, b]),
-            [a, b, c] => multiply_by::<F, 3>(rows, [a, b, c]),
-            [a, b, c, d] => multiply_by::<F, 4>(rows, [a, b, c, d]),
-            _ => unreachable!("the caller passes 1 to {MAX_AT_ONCE}"),
-        }
-    }
-}
-
-#[target_feature(enable = "avx512bw,avx512vnni")]
-unsafe fn multiply_by<F: Format, const T: usize>(rows: &Rows, targets: [Target; T]) {
-    let (steps, rest) = (rows.n_in / F::N, rows.n_in % F::N);
-    let acts = targets.map(|t| t.act.cast::<F::Act>());
-    let last = rows.first.wrapping_add(rows.n * rows.row_bytes - 1);
-    for i in 0..rows.n {
-        let mut w = rows.first.wrapping_add(i * rows.row_bytes);
-        let mut sums = [Sum::zero(); T];
-        for s in 0..steps {
-            if rows.ahead > 0 {
-                for line in 0..F::BYTES.div_ceil(LINE) {
-                    // what follows the rows is another thread's to read
-                    let at = w.wrapping_add(rows.ahead + line * LINE).min(last);
-                    _mm_prefetch::<_MM_HINT_T0>(at.cast());
-                }
-            }
-            // SAFETY: the caller vouches for rows and activations.
-            unsafe {
-                let weights = F::decode(w);
-                for t in 0..T {
-                    sums[t] = F::dot(&weights, &*acts[t].add(s), sums[t]);
-                }
-            }
-            w = w.wrapping_add(F::BYTES);
-        }
-        if rest > 0 {
-            // SAFETY: as above; blocks of zeroes meet blocks of zeroes.
-            unsafe {
-                let weights = F::decode(padded(w, rest * F::BYTES / F::N).as_ptr());
-                for t in 0..T {
-                    sums[t] = F::dot(&weights, &*acts[t].add(steps), sums[t]);
-                }
-            }
-        }
-        for t in 0..T {
-            // SAFETY: outputs have room for `rows.n`.
-            unsafe { targets[t].out.add(i).write(sums[t].total()) };
-        }
-    }
-}
-
-const LINE: usize = 64;
 
 /// Four pieces of 16 bytes, `stride` apart.
 #[inline]
@@ -217,14 +104,17 @@ fn nibbles(x: __m512i) -> [__m512i; 2] {
     [_mm512_and_si512(x, low), _mm512_and_si512(_mm512_srli_epi16::<4>(x), low)]
 }
 
-/// The values that nibbles stand for.
+/// The values that nibbles stand for, moved up by `TABLE_OFFSET` to unsigned bytes.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vnni")]
-unsafe fn values(table: &[u8; 16], nibbles: [__m512i; 2]) -> [__m512i; 2] {
+fn values(table: &[i8; 16], nibbles: [__m512i; 2]) -> [__m512i; 2] {
     // SAFETY: the table has 16 bytes.
     let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
-    nibbles.map(|n| _mm512_shuffle_epi8(table, n))
+    let table = _mm512_xor_si512(table, _mm512_set1_epi8(-128));
+    [_mm512_shuffle_epi8(table, nibbles[0]), _mm512_shuffle_epi8(table, nibbles[1])]
 }
+
+const TABLE_OFFSET: i32 = 128;
 
 /// What weights that are `offset` too large add to a lane's sum of products with these activations, negated.
 #[inline]
@@ -253,17 +143,6 @@ unsafe fn half(at: *const u8) -> f32 {
     _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits.into())))
 }
 
-/// `N` times each of four values, or of two.
-const fn spread<T: Copy, const N: usize, const M: usize>(values: [T; N]) -> [T; M] {
-    let mut out = [values[0]; M];
-    let mut i = 0;
-    while i < M {
-        out[i] = values[i * N / M];
-        i += 1;
-    }
-    out
-}
-
 /// Four blocks of 32 with an activation of q8_0: a block's 16 bytes are a quarter of a register, their low nibbles
 /// its first 16 weights, the high ones the others.
 #[repr(C, align(64))]
@@ -278,8 +157,6 @@ struct Nibbles {
     q: [__m512i; 2],
     scale: __m512,
 }
-
-const Q8_0_BYTES: usize = 34;
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vnni")]
@@ -439,16 +316,6 @@ impl Format for Q8_0 {
     }
 }
 
-/// `block_q8_K`: f32 scale, 256 bytes, the sums of each 16 in 16 bits.
-const Q8_K_BYTES: usize = 4 + 256 + 32;
-
-#[inline]
-#[target_feature(enable = "avx512bw,avx512vnni")]
-unsafe fn q8_k_scale(act: *const u8) -> f32 {
-    // SAFETY: the caller has a block.
-    unsafe { act.cast::<f32>().read_unaligned() }
-}
-
 /// The activation of a k-quant's 256 weights.
 #[repr(C, align(64))]
 struct Super {
@@ -471,7 +338,7 @@ unsafe fn prepare_q45_k(act: *const u8) -> Super {
         Super {
             q: [0, 32, 128, 160].map(|first| halves::<64>(q.add(first))),
             sums: _mm256_zextsi128_si256(sums),
-            scale: q8_k_scale(act),
+            scale: act.cast::<f32>().read_unaligned(),
         }
     }
 }
@@ -608,7 +475,7 @@ impl Format for Q6K {
             Super {
                 q: [0, 64, 128, 192].map(|first| load(act.add(4 + first))),
                 sums: _mm256_loadu_si256(act.add(4 + 256).cast()),
-                scale: q8_k_scale(act),
+                scale: act.cast::<f32>().read_unaligned(),
             }
         }
     }
@@ -692,7 +559,11 @@ impl Format for Iq4Xs {
                 [pieces::<32>(q), pieces::<32>(q.add(16))],
                 [pieces::<32>(q.add(128)), pieces::<32>(q.add(128 + 16))],
             ];
-            EightBlocks { q, correction: q.map(|q| correction(q, TABLE_OFFSET)), scale: q8_k_scale(act) }
+            EightBlocks {
+                q,
+                correction: q.map(|q| correction(q, TABLE_OFFSET)),
+                scale: act.cast::<f32>().read_unaligned(),
+            }
         }
     }
 

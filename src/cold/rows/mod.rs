@@ -13,6 +13,8 @@
 //! only by the order in which its blocks are added up.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 
 use super::kernel::Target;
@@ -108,6 +110,8 @@ struct InstructionSet {
 const SETS: &[InstructionSet] = &[
     #[cfg(target_arch = "x86_64")]
     InstructionSet { is_available: avx512::is_available, kernel: avx512::kernel },
+    #[cfg(target_arch = "x86_64")]
+    InstructionSet { is_available: avx2::is_available, kernel: avx2::kernel },
 ];
 
 /// Blocks of a weight type.
@@ -135,20 +139,155 @@ impl Format {
     }
 }
 
-/// `kvalues_iq4nl`, moved to unsigned bytes.
-const IQ4_VALUES: [u8; 16] =
-    moved([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]);
-/// `kvalues_mxfp4`, twice what the format says, moved to unsigned bytes.
-const MXFP4_VALUES: [u8; 16] = moved([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]);
-/// By how much.
-const TABLE_OFFSET: i32 = 128;
+/// `block_q8_0`: a scale in half precision, 32 bytes.
+const Q8_0_BYTES: usize = 2 + 32;
+/// `block_q8_K`: f32 scale, 256 bytes, the sums of each 16 in 16 bits.
+const Q8_K_BYTES: usize = 4 + 256 + 32;
 
-const fn moved(values: [i8; 16]) -> [u8; 16] {
-    let mut out = [0; 16];
+/// `kvalues_iq4nl`.
+const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+/// `kvalues_mxfp4`, twice what the format says.
+const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// As often as fits, each of some values.
+const fn spread<T: Copy, const N: usize, const M: usize>(values: [T; N]) -> [T; M] {
+    let mut out = [values[0]; M];
     let mut i = 0;
-    while i < 16 {
-        out[i] = (values[i] as u8) ^ 0x80;
+    while i < M {
+        out[i] = values[i * N / M];
         i += 1;
     }
     out
 }
+
+/// The longest step of blocks of 32, which are those that can end within one.
+const PADDED: usize = 4 * Q8_0_BYTES;
+
+/// `n` bytes and zeroes.
+///
+/// # Safety
+/// There are `n` bytes.
+unsafe fn padded(from: *const u8, n: usize) -> [u8; PADDED] {
+    let mut out = [0; PADDED];
+    // SAFETY: the caller has `n` bytes; more than a step are none.
+    unsafe { std::ptr::copy_nonoverlapping(from, out[..n].as_mut_ptr(), n) };
+    out
+}
+
+/// What kernels of all instruction sets have in common: the format of a weight type, which is theirs, and the loops
+/// over rows and steps. A macro, because what is inlined into a function needs the same features.
+macro_rules! row_loops {
+    ($features:tt) => {
+        fn of<F: Format>(name: &'static str) -> RowKernel {
+            RowKernel {
+                name,
+                act_bytes: |n_in| n_in.div_ceil(F::N) * size_of::<F::Act>(),
+                prepare: prepare::<F>,
+                multiply: multiply::<F>,
+            }
+        }
+
+        /// How rows of a type are multiplied, step by step.
+        trait Format {
+            /// Elements of a step.
+            const N: usize;
+            /// Its bytes in a row, and in an activation as ggml has it.
+            const BYTES: usize;
+            const GGML_ACT_BYTES: usize;
+            /// The prepared activation of a step; all of them are aligned to 64 bytes.
+            type Act;
+            /// The weights of a step in registers.
+            type Weights;
+
+            /// # Safety
+            /// As all functions here: the CPU has the instructions, and the pointers a step's bytes.
+            unsafe fn prepare(act: *const u8) -> Self::Act;
+            unsafe fn decode(w: *const u8) -> Self::Weights;
+            /// Adds the products to `sum`.
+            unsafe fn dot(w: &Self::Weights, act: &Self::Act, sum: Sum) -> Sum;
+        }
+
+        #[target_feature(enable = $features)]
+        unsafe fn prepare<F: Format>(n_in: usize, act: *const u8, out: *mut u8) {
+            let out = out.cast::<F::Act>();
+            let (steps, rest) = (n_in / F::N, n_in % F::N);
+            for s in 0..steps {
+                // SAFETY: the caller vouches for both rows.
+                unsafe { out.add(s).write(F::prepare(act.add(s * F::GGML_ACT_BYTES))) };
+            }
+            if rest > 0 {
+                // SAFETY: as above; the rest of the step are blocks of zeroes.
+                unsafe {
+                    let last = act.add(steps * F::GGML_ACT_BYTES);
+                    let last = $crate::cold::rows::padded(last, rest * F::GGML_ACT_BYTES / F::N);
+                    out.add(steps).write(F::prepare(last.as_ptr()));
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        unsafe fn multiply<F: Format>(
+            rows: &$crate::cold::rows::Rows,
+            targets: &[$crate::cold::kernel::Target],
+        ) {
+            const { assert!($crate::cold::rows::MAX_AT_ONCE == 4) };
+            // SAFETY: passed on.
+            unsafe {
+                match *targets {
+                    [a] => multiply_by::<F, 1>(rows, [a]),
+                    [a, b] => multiply_by::<F, 2>(rows, [a, b]),
+                    [a, b, c] => multiply_by::<F, 3>(rows, [a, b, c]),
+                    [a, b, c, d] => multiply_by::<F, 4>(rows, [a, b, c, d]),
+                    _ => unreachable!("the caller passes 1 to 4"),
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        unsafe fn multiply_by<F: Format, const T: usize>(
+            rows: &$crate::cold::rows::Rows,
+            targets: [$crate::cold::kernel::Target; T],
+        ) {
+            const LINE: usize = 64;
+            let (steps, rest) = (rows.n_in / F::N, rows.n_in % F::N);
+            let acts = targets.map(|t| t.act.cast::<F::Act>());
+            let last = rows.first.wrapping_add(rows.n * rows.row_bytes - 1);
+            for i in 0..rows.n {
+                let mut w = rows.first.wrapping_add(i * rows.row_bytes);
+                let mut sums = [Sum::zero(); T];
+                for s in 0..steps {
+                    if rows.ahead > 0 {
+                        for line in 0..F::BYTES.div_ceil(LINE) {
+                            // what follows the rows is another thread's to read
+                            let at = w.wrapping_add(rows.ahead + line * LINE).min(last);
+                            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+                        }
+                    }
+                    // SAFETY: the caller vouches for rows and activations.
+                    unsafe {
+                        let weights = F::decode(w);
+                        for t in 0..T {
+                            sums[t] = F::dot(&weights, &*acts[t].add(s), sums[t]);
+                        }
+                    }
+                    w = w.wrapping_add(F::BYTES);
+                }
+                if rest > 0 {
+                    // SAFETY: as above; blocks of zeroes meet blocks of zeroes.
+                    unsafe {
+                        let weights =
+                            F::decode($crate::cold::rows::padded(w, rest * F::BYTES / F::N).as_ptr());
+                        for t in 0..T {
+                            sums[t] = F::dot(&weights, &*acts[t].add(steps), sums[t]);
+                        }
+                    }
+                }
+                for t in 0..T {
+                    // SAFETY: outputs have room for `rows.n`.
+                    unsafe { targets[t].out.add(i).write(sums[t].total()) };
+                }
+            }
+        }
+    };
+}
+use row_loops;
