@@ -11,7 +11,9 @@
 //! Rates are by byte, so layers of different experts share what they learn. The model knows nothing of what the lanes
 //! do to each other: both read the same memory, and uploads and other processes use the link as well. So every way to
 //! divide has a correction, the ratio of the time that a layer took to what the model said, and now and then a layer
-//! tries an expert more or less on the link than seems best.
+//! tries an expert more or less on the link than seems best. And since a lane that is hardly used looks worse than it
+//! is (threads that only spin are taken off their cores, in virtual machines above all), the whole is compared with
+//! the CPU alone from time to time, a few tokens of each.
 
 use std::{
     collections::BTreeMap,
@@ -34,6 +36,21 @@ const LAYERS_PER_TRIAL: usize = 32;
 /// made all the same, because what is expected may be old.
 const TRIAL_PRICE: f64 = 1.25;
 const TRIALS_AT_ANY_PRICE: usize = 16;
+/// Tokens of a comparison of both lanes with the CPU alone, the first of which are not counted.
+const COMPARED_TOKENS: u32 = 8;
+const WARM_TOKENS: u32 = 2;
+/// Tokens between two of them: at first, after what has been used was changed, and at most, doubled each time that
+/// nothing was.
+const MIN_PERIOD: u32 = 96;
+const MAX_PERIOD: u32 = 1024;
+/// Before the link is compared again, a layer tells its rate for so long.
+const SCOUTED_TOKENS: u32 = 8;
+/// A comparison ends at the first token that costs so many times as much.
+const HOPELESS: f64 = 1.5;
+/// What is in use has become so much slower: the next comparison is made at once.
+const SLOWER: f64 = 1.1;
+/// Weight of a token in the cost of what is in use.
+const ALPHA_COST: f64 = 1.0 / 8.0;
 /// The link has to be worth so much more than none, which costs the GPU and the memory nothing.
 const WORTH: f64 = 1.03;
 /// A division is left for one that promises to take less than this share of its time.
@@ -95,10 +112,83 @@ pub struct Lanes {
     /// So many more tokens the CPU gets nothing.
     resting: u32,
     trial: Option<Trial>,
+    guard: Guard,
     /// How many there were.
     trials: usize,
     tables: Vec<u8>,
     version: u64,
+}
+
+/// Compares both lanes with the CPU alone.
+#[derive(Clone, Copy, Debug)]
+struct Guard {
+    /// What is in use: the CPU alone, or both lanes.
+    alone: bool,
+    /// Its cost, in ns a cold expert, and what that was after the last comparison; 0 before there is one.
+    cost: f64,
+    settled: f64,
+    /// Tokens until the next comparison, and between two.
+    left: u32,
+    period: u32,
+    /// The other, while it is tried.
+    other: Option<Tried>,
+}
+
+#[derive(Clone, Copy, Default, Debug)]
+struct Tried {
+    tokens: u32,
+    ns: f64,
+    experts: f64,
+}
+
+impl Guard {
+    fn new() -> Self {
+        Guard { alone: false, cost: 0.0, settled: 0.0, left: MIN_PERIOD, period: MIN_PERIOD, other: None }
+    }
+
+    /// Whether the CPU is alone now.
+    fn is_alone(&self) -> bool {
+        self.alone != self.other.is_some()
+    }
+
+    /// Takes the time and the cold experts of a token; whether something else is in use from now on.
+    fn observe(&mut self, ns: f64, experts: f64) -> bool {
+        if let Some(tried) = &mut self.other {
+            tried.tokens += 1;
+            if tried.tokens > WARM_TOKENS {
+                tried.ns += ns;
+                tried.experts += experts;
+            }
+            // of the link; the CPU may have to wake up first
+            let hopeless = self.alone && ns > self.cost * experts * HOPELESS;
+            if tried.tokens < COMPARED_TOKENS && !hopeless {
+                return false;
+            }
+            let cost = if hopeless { ns / experts } else { tried.ns / tried.experts };
+            // both have to be worth it
+            let better = if self.alone { cost * WORTH < self.cost } else { cost < self.cost * WORTH };
+            self.period = if better { MIN_PERIOD } else { (self.period * 2).min(MAX_PERIOD) };
+            if better {
+                self.alone = !self.alone;
+                self.cost = cost;
+            }
+            (self.settled, self.left, self.other) = (self.cost, self.period, None);
+            return !better;
+        }
+        let cost = ns / experts;
+        if self.cost == 0.0 {
+            self.cost = cost;
+        }
+        mix(&mut self.cost, cost, ALPHA_COST);
+        self.left = self.left.saturating_sub(1);
+        let slower = self.settled > 0.0
+            && self.cost > self.settled * SLOWER
+            && self.period - self.left > COMPARED_TOKENS;
+        if self.left == 0 || slower {
+            self.other = Some(Tried::default());
+        }
+        self.other.is_some()
+    }
 }
 
 /// A layer that divides in another way for a while.
@@ -109,12 +199,11 @@ struct Trial {
     at_any_price: bool,
 }
 
-/// An expert more on the link, one less, or none at all: then the CPU has the memory for itself.
+/// An expert more on the link, or one less.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     More,
     Less,
-    None,
 }
 
 /// For each number of cold experts and of those on the link: what the model's time is multiplied with.
@@ -129,6 +218,10 @@ struct Corrections {
 impl Corrections {
     fn new(n: usize) -> Self {
         Corrections { n, by_division: vec![1.0; (n + 1) * (n + 1)], chosen: vec![0; n + 1] }
+    }
+
+    fn forget(&mut self) {
+        self.by_division.fill(1.0);
     }
 
     /// 1 where there are more cold experts than a token has: nothing measures those.
@@ -155,6 +248,7 @@ impl Lanes {
             tokens: 0,
             resting: 0,
             trial: None,
+            guard: Guard::new(),
             trials: 0,
             tables,
             version: 0,
@@ -186,17 +280,25 @@ impl Lanes {
 
     /// Takes what a step of one token measured.
     pub fn observe(&mut self, samples: impl Iterator<Item = Sample>) {
+        let (mut ns, mut experts) = (0.0, 0.0);
         for s in samples {
             let bytes = self.shape.bytes[s.layer];
             if bytes > 0 {
                 self.correct(bytes, &s);
                 self.learn(bytes as f64, &s);
+                ns += f64::from(s.span_ns) + f64::from(s.wait_ns);
+                experts += f64::from(s.on_cpu + s.on_link);
             }
+        }
+        let other = self.resting == 0 && experts > 0.0 && self.guard.observe(ns, experts);
+        if other && self.guard.alone && !self.guard.is_alone() {
+            // what is known of divisions is old
+            self.corrections.values_mut().for_each(Corrections::forget);
         }
         self.tokens += 1;
         let rested = self.resting == 1;
         self.resting = self.resting.saturating_sub(1);
-        if rested || self.tokens.is_multiple_of(TOKENS_PER_TABLE) {
+        if rested || other || self.tokens.is_multiple_of(TOKENS_PER_TABLE) {
             self.trial = self.next_trial();
             self.make_tables();
         }
@@ -241,16 +343,21 @@ impl Lanes {
     fn next_trial(&mut self) -> Option<Trial> {
         let n = self.shape.bytes.len();
         let periods = (self.tokens / TOKENS_PER_TABLE) as usize;
-        if n == 0 || !periods.is_multiple_of((LAYERS_PER_TRIAL / n).max(1)) {
+        let due = match self.guard.is_alone() {
+            // so that the comparison knows the link's rate
+            true => self.guard.alone && self.guard.left <= SCOUTED_TOKENS,
+            false => periods.is_multiple_of((LAYERS_PER_TRIAL / n.max(1)).max(1)),
+        };
+        if n == 0 || !due {
             return None;
         }
         self.trials += 1;
-        let turn = self.trials / 3;
+        let turn = self.trials / 2;
         let layer = turn % n;
         (self.shape.bytes[layer] > 0).then_some(Trial {
             layer,
-            kind: [Kind::More, Kind::Less, Kind::None][self.trials % 3],
-            at_any_price: turn.is_multiple_of(TRIALS_AT_ANY_PRICE),
+            kind: if self.guard.is_alone() { Kind::More } else { [Kind::More, Kind::Less][self.trials % 2] },
+            at_any_price: self.guard.is_alone() || turn.is_multiple_of(TRIALS_AT_ANY_PRICE),
         })
     }
 
@@ -282,14 +389,17 @@ impl Lanes {
         if self.resting > 0 {
             return cold;
         }
+        let trial = self.trial.filter(|t| t.layer == layer);
+        if self.guard.is_alone() {
+            return usize::from(trial.is_some()).min(cold);
+        }
         let bytes = self.shape.bytes[layer];
         let Some(c) = self.corrections.get(&bytes) else { return 0 };
         let Some(&chosen) = c.chosen.get(cold) else { return self.divide(bytes, cold) };
-        let Some(trial) = self.trial.filter(|t| t.layer == layer) else { return chosen };
+        let Some(trial) = trial else { return chosen };
         let other = match trial.kind {
             Kind::More => (chosen + 1).min(cold),
             Kind::Less => chosen.saturating_sub(1),
-            Kind::None => 0,
         };
         let cost = |on_link| self.cost(bytes, cold, on_link);
         if trial.at_any_price || cost(other) <= cost(chosen) * TRIAL_PRICE { other } else { chosen }
@@ -320,6 +430,9 @@ impl Lanes {
 impl Display for Lanes {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(f, "the CPU reads {:.0} GB/s, the link {:.0}", 1.0 / self.cpu, 1.0 / self.link)?;
+        if self.guard.alone {
+            return write!(f, "; the CPU alone is faster than both");
+        }
         for (bytes, c) in &self.corrections {
             write!(f, "; of 0 to {} cold experts of {bytes} bytes it takes {:?}", c.n, c.chosen)?;
         }
@@ -403,12 +516,26 @@ mod tests {
         /// What is left of the CPU's rate while the link is in use.
         left: f64,
         hand_off_ns: f64,
+        /// Of a request to workers that had little to do, in ns.
+        sleepy_ns: f64,
+        /// Share of the experts that they had.
+        busy: f64,
         random: u64,
     }
 
     impl Machine {
         fn new(layers: usize) -> Self {
-            Machine { layers, cpu: 90.0, link: 42.0, left: 0.88, hand_off_ns: 8_000.0, random: 1 }
+            let (hand_off_ns, sleepy_ns) = (8_000.0, 0.0);
+            Machine {
+                layers,
+                cpu: 90.0,
+                link: 42.0,
+                left: 0.88,
+                hand_off_ns,
+                sleepy_ns,
+                busy: 1.0,
+                random: 1,
+            }
         }
 
         /// 0 to 1.
@@ -433,7 +560,11 @@ mod tests {
                     let work = |n: usize, rate: f64| (n * BYTES) as f64 / rate * noise;
                     let cpu = |work: f64| if work > 0.0 { self.hand_off_ns + work } else { 0.0 };
                     let rate = if on_link > 0 { self.cpu * self.left } else { self.cpu };
-                    let took = work(cold - on_link, rate);
+                    let sleepy = if self.busy < 0.3 { self.sleepy_ns } else { 0.0 };
+                    let took = if cold > on_link { sleepy + work(cold - on_link, rate) } else { 0.0 };
+                    if cold > 0 {
+                        self.busy += 0.01 * ((cold - on_link) as f64 / cold as f64 - self.busy);
+                    }
                     let span = base + work(on_link, self.link);
                     let wait = if took > 0.0 { (cpu(took) - span).max(look) } else { 0.0 };
                     time += span + wait;
@@ -472,6 +603,17 @@ mod tests {
             let (again, _) = m.decode(&mut lanes, 400);
             assert!(again < idle * 1.03, "{layers}, {slower}: {:.3} of what it was", again / idle);
         }
+    }
+
+    #[test]
+    fn a_cpu_that_has_gone_to_sleep_is_woken() {
+        let mut m = Machine { sleepy_ns: 800_000.0, busy: 0.0, cpu: 50.0, link: 25.0, ..Machine::new(48) };
+        let mut lanes = lanes(vec![BYTES; 48], 50.0);
+        // all but nothing was left to it
+        lanes.cpu = 1.0 / 4.0;
+        m.decode(&mut lanes, 256);
+        let (both, alone) = m.decode(&mut lanes, 1000);
+        assert!(both <= alone * 1.02, "{:.3} of the CPU alone", both / alone);
     }
 
     #[test]
