@@ -139,7 +139,7 @@ fn main() -> ExitCode {
     let data: Vec<u8> = (0..(gib << 30)).map(|i: usize| 0x60 + (i % 7) as u8).collect();
     let placement = Placement::of_this_process();
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let cpus = placement.as_ref().map(|p| p.workers(cores - 1));
+    let cpus = placement.as_ref().and_then(|p| p.workers(cores - 1));
 
     for (ty, name) in TYPES {
         let reading = probe::read(&layers(&ggml, ty, &data, true), placement.as_ref(), cores - 1, false);

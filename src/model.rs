@@ -339,7 +339,7 @@ impl Model {
             layers.iter_mut().flat_map(Layer::matrices_mut).for_each(|m| m.prefetch(r.ahead));
         }
         let n_workers = reading.map_or(most, |r| r.n_workers);
-        let cpus = placement.as_ref().map(|p| p.workers(n_workers));
+        let cpus = placement.as_ref().and_then(|p| p.workers(n_workers));
         let layers: Arc<[Layer]> = layers.into();
 
         let started = Transfer::new(copier).and_then(|t| Ok((t, WorkerPool::new(n_workers, cpus)?)));

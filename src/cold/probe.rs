@@ -100,8 +100,8 @@ fn measure(matrices: &[(&Matrix, usize)], placement: Option<&Placement>, n: usiz
     let (ready, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let longest = matrices.iter().map(|(m, _)| m.converted_bytes()).max().unwrap_or(0);
     let reader = |thread: usize| {
-        if let Some(p) = placement {
-            run_on(p.workers(n));
+        if let Some(cpus) = placement.and_then(|p| p.workers(n)) {
+            run_on(cpus);
         }
         // zeroes are as much work as anything else
         let act = vec![Line::default(); longest.div_ceil(size_of::<Line>())];
