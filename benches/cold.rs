@@ -2,8 +2,9 @@
 //! build/bin (MOE_HOT_BUILD_DIR); without a build there is nothing to measure, and that is said.
 //!
 //! `cold/TYPE/KERNEL`: one thread computes a token's 8 cold experts of a layer 1024 wide with 512 hidden units, by
-//! ggml's dot product and by our row kernels; the experts are taken in turn from more memory than the caches hold. `node/...`: DISPATCH and JOIN of
-//! a layer whose experts all have slots, and of one that has none but no weights to speak of.
+//! ggml's dot product and by each of our row kernels that this CPU can run; the experts are taken in turn from more
+//! memory than the caches hold. `node/...`: DISPATCH and JOIN of a layer whose experts all have slots, and of one that
+//! has none but no weights to speak of.
 
 #[path = "../tests/ggml/mod.rs"]
 mod ggml;

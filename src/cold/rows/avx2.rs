@@ -1,12 +1,12 @@
 //! With AVX2 and FMA, for most CPUs without AVX-512: 32 weights in a register.
 //!
 //! `maddubs` multiplies unsigned by signed bytes and adds pairs to 16 bits, which limits what the unsigned side may
-//! be. Bits of a quant fit as they are; where they have an offset, the prepared activation holds what it adds, negated.
-//! Values of a table and whole bytes go in without their signs, which the activations take over.
+//! be. Bits of a quant and small values fit; where they are moved up by an offset, the prepared activation holds what
+//! that adds, negated. Of iq4's values and whole bytes one side goes in without its signs, which the other takes over.
 
 use std::arch::x86_64::*;
 
-use super::{IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Q8_K_BYTES, RowKernel, spread};
+use super::{IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Q8_K_BYTES, RowKernel};
 use crate::ggml;
 
 pub fn is_available() -> bool {
@@ -46,8 +46,17 @@ impl Sum {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn add(self, products: __m256, scale: __m256) -> Self {
-        Sum { products: _mm256_fmadd_ps(products, scale, self.products), ..self }
+    fn add(self, products: __m256i, scale: __m256) -> Self {
+        Sum { products: _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, self.products), ..self }
+    }
+
+    /// Adds two products to each other first: the chain of sums is half as long, and so is what it rounds away.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn add_both(self, products: [__m256i; 2], scales: [__m256; 2]) -> Self {
+        let second = _mm256_mul_ps(_mm256_cvtepi32_ps(products[1]), scales[1]);
+        let both = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[0]), scales[0], second);
+        Sum { products: _mm256_add_ps(self.products, both), ..self }
     }
 
     #[inline]
@@ -88,12 +97,13 @@ fn nibbles(x: __m256i) -> [__m256i; 2] {
     [_mm256_and_si256(x, low), _mm256_and_si256(_mm256_srli_epi16::<4>(x), low)]
 }
 
-/// The values that nibbles stand for.
+/// The values that nibbles stand for, moved up by `offset`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn values(table: &[i8; 16], nibbles: [__m256i; 2]) -> [__m256i; 2] {
+fn values(table: &[i8; 16], offset: i8, nibbles: [__m256i; 2]) -> [__m256i; 2] {
     // SAFETY: the table has 16 bytes.
     let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(table.as_ptr().cast()) });
+    let table = _mm256_add_epi8(table, _mm256_set1_epi8(offset));
     [_mm256_shuffle_epi8(table, nibbles[0]), _mm256_shuffle_epi8(table, nibbles[1])]
 }
 
@@ -104,92 +114,131 @@ fn pairs(x: __m256i) -> __m256i {
     _mm256_madd_epi16(x, _mm256_set1_epi16(1))
 }
 
-/// Sums of four products of signed bytes, none of the activations -128.
+/// A number in half precision for all lanes. Not for one: that would be inserted into the register of the one before,
+/// and wait for it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn signed_products(w: __m256i, act: __m256i) -> __m256i {
-    pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(act, w)))
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn half(at: *const u8) -> f32 {
+unsafe fn half(at: *const u8) -> __m256 {
     // SAFETY: the caller has two bytes.
-    let bits = unsafe { at.cast::<i16>().read_unaligned() };
-    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits.into())))
+    _mm256_cvtph_ps(_mm_set1_epi16(unsafe { at.cast::<i16>().read_unaligned() }))
 }
 
-/// The first number for the lower half of the lanes, the second for the upper.
+/// Two numbers in half precision, `STRIDE` bytes apart, each for a half of the lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn halves(low: f32, high: f32) -> __m256 {
-    _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low))
+unsafe fn two_halves<const STRIDE: usize>(at: *const u8) -> __m256 {
+    // SAFETY: the caller has the bytes.
+    let words = |i: usize| _mm_set1_epi16(unsafe { at.add(i * STRIDE).cast::<i16>().read_unaligned() });
+    _mm256_cvtph_ps(_mm_unpacklo_epi64(words(0), words(1)))
 }
 
-/// Two blocks of 32 with an activation of q8_0: a block's 16 bytes are a half of a register, their low nibbles its
-/// first 16 weights, the high ones the others.
-#[repr(C, align(64))]
-struct TwoBlocks {
-    low: __m256i,
-    high: __m256i,
-    /// What weights add that are too large by their offset, negated.
-    correction: __m256i,
-    scale: __m256,
-}
-
+/// The nibbles of four blocks of 32, or the values that they stand for. A block's 16 bytes are a half of a register,
+/// their low nibbles its first 16 weights, the high ones the others.
 struct Nibbles {
-    q: [__m256i; 2],
-    scale: __m256,
+    q: [[__m256i; 2]; 2],
+    scale: [__m256; 2],
 }
 
+/// Activations of q8_0 in the order of `Nibbles`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn prepare_nibbles(act: *const u8, offset: i32) -> TwoBlocks {
-    // SAFETY: the caller has two blocks.
+unsafe fn four_blocks(act: *const u8) -> ([[__m256i; 2]; 2], [__m256; 2]) {
+    const TWO: usize = 2 * Q8_0_BYTES;
+    // SAFETY: the caller has four blocks.
     unsafe {
-        let low = pieces::<Q8_0_BYTES>(act.add(2));
-        let high = pieces::<Q8_0_BYTES>(act.add(2 + 16));
-        let ones = _mm256_set1_epi8(1);
-        let sums = pairs(_mm256_add_epi16(_mm256_maddubs_epi16(ones, low), _mm256_maddubs_epi16(ones, high)));
-        let correction = _mm256_mullo_epi32(sums, _mm256_set1_epi32(-offset));
-        TwoBlocks { low, high, correction, scale: halves(half(act), half(act.add(Q8_0_BYTES))) }
+        let q = act.add(2);
+        (
+            [
+                [pieces::<Q8_0_BYTES>(q), pieces::<Q8_0_BYTES>(q.add(16))],
+                [pieces::<Q8_0_BYTES>(q.add(TWO)), pieces::<Q8_0_BYTES>(q.add(TWO + 16))],
+            ],
+            [two_halves::<Q8_0_BYTES>(act), two_halves::<Q8_0_BYTES>(act.add(TWO))],
+        )
     }
 }
 
-macro_rules! two_blocks {
-    ($name:ident, $bytes:expr, $offset:expr, |$w:ident| $decode:expr, |$q:ident, $act:ident| $products:expr) => {
-        struct $name;
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scales(w: &[__m256; 2], act: &[__m256; 2]) -> [__m256; 2] {
+    [_mm256_mul_ps(w[0], act[0]), _mm256_mul_ps(w[1], act[1])]
+}
 
-        impl Format for $name {
-            const N: usize = 2 * 32;
-            const BYTES: usize = 2 * $bytes;
-            const GGML_ACT_BYTES: usize = 2 * Q8_0_BYTES;
-            type Act = TwoBlocks;
-            type Weights = Nibbles;
+/// For weights moved up to unsigned numbers that are small: the pairs of two registers still fit 16 bits.
+#[repr(C, align(64))]
+struct Moved {
+    q: [[__m256i; 2]; 2],
+    /// What the offset of the weights adds, negated.
+    correction: [__m256i; 2],
+    scale: [__m256; 2],
+}
 
-            #[inline]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn prepare(act: *const u8) -> TwoBlocks {
-                // SAFETY: passed on.
-                unsafe { prepare_nibbles(act, $offset) }
-            }
+impl Moved {
+    /// The largest weight.
+    const MAX: i32 = i16::MAX as i32 / (4 * 127);
 
-            #[inline]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn decode($w: *const u8) -> Nibbles {
-                // SAFETY: passed on.
-                unsafe { $decode }
-            }
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn pair_sums(w: [__m256i; 2], act: [__m256i; 2]) -> __m256i {
+        pairs(_mm256_add_epi16(_mm256_maddubs_epi16(w[0], act[0]), _mm256_maddubs_epi16(w[1], act[1])))
+    }
 
-            #[inline]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn dot(w: &Nibbles, $act: &TwoBlocks, sum: Sum) -> Sum {
-                let $q = &w.q;
-                let products = $products;
-                sum.add(_mm256_cvtepi32_ps(products), _mm256_mul_ps(w.scale, $act.scale))
-            }
-        }
-    };
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn new(act: *const u8, offset: i8) -> Self {
+        // SAFETY: passed on.
+        let (q, scale) = unsafe { four_blocks(act) };
+        let ones = [_mm256_set1_epi8(1); 2];
+        let less = _mm256_set1_epi32(-i32::from(offset));
+        let correction = [
+            _mm256_mullo_epi32(Moved::pair_sums(ones, q[0]), less),
+            _mm256_mullo_epi32(Moved::pair_sums(ones, q[1]), less),
+        ];
+        Moved { q, correction, scale }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn dot(&self, w: &Nibbles, sum: Sum) -> Sum {
+        let products = [
+            _mm256_add_epi32(Moved::pair_sums(w.q[0], self.q[0]), self.correction[0]),
+            _mm256_add_epi32(Moved::pair_sums(w.q[1], self.q[1]), self.correction[1]),
+        ];
+        sum.add_both(products, scales(&w.scale, &self.scale))
+    }
+}
+
+/// Activations for weights of up to +-127.
+#[derive(Clone, Copy)]
+struct Signed {
+    size: __m256i,
+    signs: __m256i,
+}
+
+impl Signed {
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn new(q: __m256i) -> Self {
+        Signed { size: _mm256_abs_epi8(q), signs: q }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn both(q: [__m256i; 2]) -> [Self; 2] {
+        [Signed::new(q[0]), Signed::new(q[1])]
+    }
+
+    /// Sums of two products, times 16-bit numbers, and of neighbours.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn products(&self, w: __m256i, scale: __m256i) -> __m256i {
+        _mm256_madd_epi16(_mm256_maddubs_epi16(self.size, _mm256_sign_epi8(w, self.signs)), scale)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn products_of_both(both: &[Self; 2], w: &[__m256i; 2], scale: __m256i) -> __m256i {
+        _mm256_add_epi32(both[0].products(w[0], scale), both[1].products(w[1], scale))
+    }
 }
 
 /// q4_0 and iq4_nl: a scale in half precision, then 16 bytes.
@@ -197,85 +246,203 @@ const Q4_BYTES: usize = 2 + 16;
 /// mxfp4: an exponent, then 16 bytes.
 const MXFP4_BYTES: usize = 1 + 16;
 
-two_blocks!(
-    Q4_0,
-    Q4_BYTES,
-    8,
-    |w| Nibbles { q: nibbles(pieces::<Q4_BYTES>(w.add(2))), scale: halves(half(w), half(w.add(Q4_BYTES))) },
-    |q, act| {
-        // two pairs of 15 * 127 fit 16 bits
-        let both =
-            _mm256_add_epi16(_mm256_maddubs_epi16(q[0], act.low), _mm256_maddubs_epi16(q[1], act.high));
-        _mm256_add_epi32(pairs(both), act.correction)
-    }
-);
-
-two_blocks!(
-    Iq4Nl,
-    Q4_BYTES,
-    0,
-    |w| Nibbles {
-        q: values(&IQ4_VALUES, nibbles(pieces::<Q4_BYTES>(w.add(2)))),
-        scale: halves(half(w), half(w.add(Q4_BYTES)))
-    },
-    |q, act| _mm256_add_epi32(signed_products(q[0], act.low), signed_products(q[1], act.high))
-);
-
-two_blocks!(
-    Mxfp4,
-    MXFP4_BYTES,
-    0,
-    |w| Nibbles {
-        q: values(&MXFP4_VALUES, nibbles(pieces::<MXFP4_BYTES>(w.add(1)))),
-        scale: halves(exponent(w), exponent(w.add(MXFP4_BYTES))),
-    },
-    |q, act| _mm256_add_epi32(signed_products(q[0], act.low), signed_products(q[1], act.high))
-);
-
-/// Half of what an exponent says, since the table's values are doubled: 2^(e - 128), the two smallest denormal.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn exponent(at: *const u8) -> f32 {
-    // SAFETY: the caller has a byte.
-    let e = u32::from(unsafe { *at });
-    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 })
+unsafe fn q4_scales(w: *const u8) -> [__m256; 2] {
+    // SAFETY: the caller has four blocks.
+    unsafe { [two_halves::<Q4_BYTES>(w), two_halves::<Q4_BYTES>(w.add(2 * Q4_BYTES))] }
 }
 
-/// q8_0 by q8_0, a block.
+/// The nibbles of four blocks whose first 16 are at `at`, two blocks to a register.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn four_nibbles<const STRIDE: usize>(at: *const u8) -> [[__m256i; 2]; 2] {
+    // SAFETY: the caller has the bytes.
+    unsafe { [nibbles(pieces::<STRIDE>(at)), nibbles(pieces::<STRIDE>(at.add(2 * STRIDE)))] }
+}
+
+struct Q4_0;
+
+impl Q4_0 {
+    const OFFSET: i8 = 8;
+}
+
+impl Format for Q4_0 {
+    const N: usize = 4 * 32;
+    const BYTES: usize = 4 * Q4_BYTES;
+    const GGML_ACT_BYTES: usize = 4 * Q8_0_BYTES;
+    type Act = Moved;
+    type Weights = Nibbles;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn prepare(act: *const u8) -> Moved {
+        const { assert!(15 <= Moved::MAX) };
+        // SAFETY: passed on.
+        unsafe { Moved::new(act, Q4_0::OFFSET) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode(w: *const u8) -> Nibbles {
+        // SAFETY: the caller has four blocks.
+        unsafe { Nibbles { q: four_nibbles::<Q4_BYTES>(w.add(2)), scale: q4_scales(w) } }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dot(w: &Nibbles, act: &Moved, sum: Sum) -> Sum {
+        act.dot(w, sum)
+    }
+}
+
+struct Mxfp4;
+
+impl Mxfp4 {
+    const OFFSET: i8 = 12;
+}
+
+impl Format for Mxfp4 {
+    const N: usize = 4 * 32;
+    const BYTES: usize = 4 * MXFP4_BYTES;
+    const GGML_ACT_BYTES: usize = 4 * Q8_0_BYTES;
+    type Act = Moved;
+    type Weights = Nibbles;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn prepare(act: *const u8) -> Moved {
+        const { assert!(2 * Mxfp4::OFFSET as i32 <= Moved::MAX) };
+        // SAFETY: passed on.
+        unsafe { Moved::new(act, Mxfp4::OFFSET) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode(w: *const u8) -> Nibbles {
+        // SAFETY: the caller has four blocks.
+        unsafe {
+            let [a, b] = four_nibbles::<MXFP4_BYTES>(w.add(1));
+            let q = [values(&MXFP4_VALUES, Mxfp4::OFFSET, a), values(&MXFP4_VALUES, Mxfp4::OFFSET, b)];
+            let exponent = |i: usize| _mm_set1_ps(EXPONENTS[usize::from(*w.add(i * MXFP4_BYTES))]);
+            let scale =
+                [_mm256_set_m128(exponent(1), exponent(0)), _mm256_set_m128(exponent(3), exponent(2))];
+            Nibbles { q, scale }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dot(w: &Nibbles, act: &Moved, sum: Sum) -> Sum {
+        act.dot(w, sum)
+    }
+}
+
+/// Half of what exponents say, since the table's values are doubled: 2^(e - 128), the two smallest denormal.
+static EXPONENTS: [f32; 256] = {
+    let mut out = [0.0; 256];
+    let mut e = 0;
+    while e < 256 {
+        out[e] = f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e as u32 - 1) << 23 });
+        e += 1;
+    }
+    out
+};
+
+struct Iq4Nl;
+
+/// As `Moved`, for values with signs.
+#[repr(C, align(64))]
+struct FourBlocks {
+    q: [[Signed; 2]; 2],
+    scale: [__m256; 2],
+}
+
+impl Format for Iq4Nl {
+    const N: usize = 4 * 32;
+    const BYTES: usize = 4 * Q4_BYTES;
+    const GGML_ACT_BYTES: usize = 4 * Q8_0_BYTES;
+    type Act = FourBlocks;
+    type Weights = Nibbles;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn prepare(act: *const u8) -> FourBlocks {
+        // SAFETY: passed on.
+        let ([a, b], scale) = unsafe { four_blocks(act) };
+        FourBlocks { q: [Signed::both(a), Signed::both(b)], scale }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode(w: *const u8) -> Nibbles {
+        // SAFETY: the caller has four blocks.
+        unsafe {
+            let [a, b] = four_nibbles::<Q4_BYTES>(w.add(2));
+            Nibbles { q: [values(&IQ4_VALUES, 0, a), values(&IQ4_VALUES, 0, b)], scale: q4_scales(w) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dot(w: &Nibbles, act: &FourBlocks, sum: Sum) -> Sum {
+        let ones = _mm256_set1_epi16(1);
+        let products = [
+            Signed::products_of_both(&act.q[0], &w.q[0], ones),
+            Signed::products_of_both(&act.q[1], &w.q[1], ones),
+        ];
+        sum.add_both(products, scales(&w.scale, &act.scale))
+    }
+}
+
+/// q8_0 by q8_0, two blocks.
 struct Q8_0;
 
 #[repr(C, align(64))]
-struct OneBlock {
-    q: __m256i,
-    scale: f32,
+struct TwoBlocks {
+    q: [__m256i; 2],
+    scale: [f32; 2],
+}
+
+struct Bytes {
+    q: [__m256i; 2],
+    scale: [__m256; 2],
 }
 
 impl Format for Q8_0 {
-    const N: usize = 32;
-    const BYTES: usize = Q8_0_BYTES;
-    const GGML_ACT_BYTES: usize = Q8_0_BYTES;
-    type Act = OneBlock;
-    type Weights = OneBlock;
+    const N: usize = 2 * 32;
+    const BYTES: usize = 2 * Q8_0_BYTES;
+    const GGML_ACT_BYTES: usize = 2 * Q8_0_BYTES;
+    type Act = TwoBlocks;
+    type Weights = Bytes;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn prepare(act: *const u8) -> OneBlock {
-        // SAFETY: the caller has a block.
-        unsafe { OneBlock { q: load(act.add(2)), scale: half(act) } }
+    unsafe fn prepare(act: *const u8) -> TwoBlocks {
+        // SAFETY: passed on.
+        let Bytes { q, scale } = unsafe { Q8_0::decode(act) };
+        TwoBlocks { q, scale: [_mm256_cvtss_f32(scale[0]), _mm256_cvtss_f32(scale[1])] }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn decode(w: *const u8) -> OneBlock {
-        // SAFETY: the caller has a block.
-        unsafe { OneBlock { q: load(w.add(2)), scale: half(w) } }
+    unsafe fn decode(w: *const u8) -> Bytes {
+        // SAFETY: the caller has two blocks.
+        unsafe {
+            let second = w.add(Q8_0_BYTES);
+            Bytes { q: [load(w.add(2)), load(second.add(2))], scale: [half(w), half(second)] }
+        }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn dot(w: &OneBlock, act: &OneBlock, sum: Sum) -> Sum {
-        let products = _mm256_cvtepi32_ps(signed_products(w.q, act.q));
-        sum.add(products, _mm256_set1_ps(w.scale * act.scale))
+    unsafe fn dot(w: &Bytes, act: &TwoBlocks, sum: Sum) -> Sum {
+        // the weights without signs, unlike `Signed`: they may be -128, activations are not
+        let products = |i: usize| {
+            pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w.q[i]), _mm256_sign_epi8(act.q[i], w.q[i])))
+        };
+        let act_scale = [_mm256_set1_ps(act.scale[0]), _mm256_set1_ps(act.scale[1])];
+        sum.add_both([products(0), products(1)], scales(&w.scale, &act_scale))
     }
 }
 
@@ -283,7 +450,7 @@ impl Format for Q8_0 {
 #[repr(C, align(64))]
 struct Super {
     q: [__m256i; 8],
-    /// Of as many activations as share a minimum (q4_K, q5_K: 32) or a scale (q6_K: 16).
+    /// Of as many activations as share a minimum (q4_K, q5_K: 32) or a scale (q6_K: 16), in their order.
     sums: __m256i,
     scale: f32,
 }
@@ -303,67 +470,62 @@ impl Super {
     }
 }
 
-/// 16 numbers of 16 bits that the products of 32 weights are multiplied with, from a byte each.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn scale_of(bytes: __m128i, index: &[i8; 16]) -> __m256i {
-    // SAFETY: the index has 16 bytes.
-    let index = unsafe { _mm_loadu_si128(index.as_ptr().cast()) };
-    _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, index))
-}
-
-/// For each 32 weights which bytes those are, when 32 or 16 share a scale.
-const BY_32: [[i8; 16]; 8] = [[0; 16], [1; 16], [2; 16], [3; 16], [4; 16], [5; 16], [6; 16], [7; 16]];
-const BY_16: [[i8; 16]; 8] = [
-    spread([0, 1]),
-    spread([2, 3]),
-    spread([4, 5]),
-    spread([6, 7]),
-    spread([8, 9]),
-    spread([10, 11]),
-    spread([12, 13]),
-    spread([14, 15]),
-];
-
-/// The weights of a k-quant, their scales, and what has to be taken away.
+/// The weights of a k-quant and their scales.
 struct Scaled {
     q: [__m256i; 8],
-    /// A byte each; 6 bits, or signed.
-    scales: __m128i,
-    /// Minimums of q4_K and q5_K in 16 bits.
-    mins: __m128i,
-    d: f32,
-    d_min: f32,
+    /// 16 bits each: in each half of the register those of that half of each `q`.
+    scales: __m256i,
+    d: __m256,
 }
 
-/// The sum of pairs of products by their scales.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn scaled(w: &Scaled, index: &[[i8; 16]; 8], act: &Super) -> __m256i {
-    let mut sum = _mm256_setzero_si256();
-    for ((q, act), index) in w.q.iter().zip(&act.q).zip(index) {
-        let products = _mm256_maddubs_epi16(*q, *act);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, scale_of(w.scales, index)));
+/// Bytes of one 16-bit number for all of a half of a register.
+const WORD: [[i8; 32]; 8] = {
+    let mut out = [[0; 32]; 8];
+    let mut i = 0;
+    while i < 8 * 32 {
+        out[i / 32][i % 32] = (i / 32 * 2 + i % 2) as i8;
+        i += 1;
     }
-    sum
+    out
+};
+
+impl Scaled {
+    /// The sum of pairs of products by their scales.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn products(&self, act: &Super) -> __m256i {
+        let mut sum = _mm256_setzero_si256();
+        for ((q, act), word) in self.q.iter().zip(&act.q).zip(&WORD) {
+            // SAFETY: the index has 32 bytes.
+            let scale = _mm256_shuffle_epi8(self.scales, unsafe { load(word.as_ptr().cast()) });
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(*q, *act), scale));
+        }
+        sum
+    }
+}
+
+struct WithMins {
+    weights: Scaled,
+    /// In 16 bits.
+    mins: __m128i,
+    d_min: __m128,
 }
 
 /// What q4_K and q5_K begin with: two scales in half precision, eight 6-bit scales and minimums.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn decode_q45_k(w: *const u8, q: [__m256i; 8]) -> Scaled {
+unsafe fn decode_q45_k(w: *const u8, q: [__m256i; 8]) -> WithMins {
     // SAFETY: the caller has a block.
     unsafe {
         let [a, b, c] = w.add(4).cast::<[u32; 3]>().read_unaligned();
         let pair = |low: u32, high: u32| (u64::from(low) | u64::from(high) << 32) as i64;
         let scales = pair(a & 0x3f3f_3f3f, c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030);
         let mins = pair(b & 0x3f3f_3f3f, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030);
-        Scaled {
-            q,
-            scales: _mm_cvtsi64_si128(scales),
-            mins: _mm_cvtepu8_epi16(_mm_cvtsi64_si128(mins)),
-            d: half(w),
-            d_min: half(w.add(2)),
+        let words = |x: i64| _mm_cvtepu8_epi16(_mm_cvtsi64_si128(x));
+        WithMins {
+            weights: Scaled { q, scales: _mm256_broadcastsi128_si256(words(scales)), d: half(w) },
+            mins: words(mins),
+            d_min: _mm256_castps256_ps128(half(w.add(2))),
         }
     }
 }
@@ -377,7 +539,7 @@ macro_rules! with_mins {
             const BYTES: usize = $bytes;
             const GGML_ACT_BYTES: usize = Q8_K_BYTES;
             type Act = Super;
-            type Weights = Scaled;
+            type Weights = WithMins;
 
             #[inline]
             #[target_feature(enable = "avx2,fma,f16c")]
@@ -393,18 +555,19 @@ macro_rules! with_mins {
 
             #[inline]
             #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn decode($w: *const u8) -> Scaled {
+            unsafe fn decode($w: *const u8) -> WithMins {
                 // SAFETY: passed on.
                 unsafe { decode_q45_k($w, $decode) }
             }
 
             #[inline]
             #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn dot(w: &Scaled, act: &Super, sum: Sum) -> Sum {
-                let products = _mm256_cvtepi32_ps(scaled(w, &BY_32, act));
-                let sum = sum.add(products, _mm256_set1_ps(w.d * act.scale));
+            unsafe fn dot(w: &WithMins, act: &Super, sum: Sum) -> Sum {
+                let scale = _mm256_set1_ps(act.scale);
+                let sum = sum.add(w.weights.products(act), _mm256_mul_ps(w.weights.d, scale));
                 let mins = _mm_cvtepi32_ps(_mm_madd_epi16(w.mins, _mm256_castsi256_si128(act.sums)));
-                Sum { mins: _mm_fmadd_ps(mins, _mm_set1_ps(w.d_min * act.scale), sum.mins), ..sum }
+                let d_min = _mm_mul_ps(w.d_min, _mm256_castps256_ps128(scale));
+                Sum { mins: _mm_fmadd_ps(mins, d_min, sum.mins), ..sum }
             }
         }
     };
@@ -421,12 +584,11 @@ with_mins!(Q4K, HEAD + 128, |w| {
     [a, b, c, d, e, f, g, h]
 });
 
-/// Bit `BIT` of each byte as its fifth.
+/// Adds the fifth bits that a shift brought to where they belong.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn fifth<const BIT: i32>(high: __m256i) -> __m256i {
-    let bit = _mm256_and_si256(_mm256_srli_epi16::<BIT>(high), _mm256_set1_epi8(1));
-    _mm256_slli_epi16::<4>(bit)
+fn fifth(q: __m256i, shifted: __m256i) -> __m256i {
+    _mm256_or_si256(q, _mm256_and_si256(shifted, _mm256_set1_epi8(1 << 4)))
 }
 
 with_mins!(Q5K, HEAD + 32 + 128, |w| {
@@ -438,16 +600,19 @@ with_mins!(Q5K, HEAD + 32 + 128, |w| {
     let [e, f] = nibbles(load(at.add(64)));
     let [g, h] = nibbles(load(at.add(96)));
     [
-        _mm256_or_si256(a, fifth::<0>(high)),
-        _mm256_or_si256(b, fifth::<1>(high)),
-        _mm256_or_si256(c, fifth::<2>(high)),
-        _mm256_or_si256(d, fifth::<3>(high)),
-        _mm256_or_si256(e, fifth::<4>(high)),
-        _mm256_or_si256(f, fifth::<5>(high)),
-        _mm256_or_si256(g, fifth::<6>(high)),
-        _mm256_or_si256(h, fifth::<7>(high)),
+        fifth(a, _mm256_slli_epi16::<4>(high)),
+        fifth(b, _mm256_slli_epi16::<3>(high)),
+        fifth(c, _mm256_slli_epi16::<2>(high)),
+        fifth(d, _mm256_slli_epi16::<1>(high)),
+        fifth(e, high),
+        fifth(f, _mm256_srli_epi16::<1>(high)),
+        fifth(g, _mm256_srli_epi16::<2>(high)),
+        fifth(h, _mm256_srli_epi16::<3>(high)),
     ]
 });
+
+/// The scales of q6_K in the order of `Scaled`: those for the first halves of 32 weights, then those for the others.
+const EVEN_FIRST: [u8; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15];
 
 struct Q6K;
 
@@ -479,8 +644,12 @@ impl Format for Q6K {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn prepare(act: *const u8) -> Super {
-        // SAFETY: passed on.
-        unsafe { Super::new(act) }
+        // SAFETY: the caller has a block.
+        unsafe {
+            let sums = act.add(4 + 256).cast::<[i16; 16]>().read_unaligned();
+            let sums = EVEN_FIRST.map(|i| sums[usize::from(i)]);
+            Super { sums: load(sums.as_ptr().cast()), ..Super::new(act) }
+        }
     }
 
     #[inline]
@@ -490,12 +659,12 @@ impl Format for Q6K {
         unsafe {
             let [a, b, c, d] = half_of_q6_k(w, w.add(128));
             let [e, f, g, h] = half_of_q6_k(w.add(64), w.add(128 + 32));
+            let even_first = _mm_loadu_si128(EVEN_FIRST.as_ptr().cast());
+            let scales = _mm_shuffle_epi8(_mm_loadu_si128(w.add(128 + 64).cast()), even_first);
             Scaled {
                 q: [a, b, c, d, e, f, g, h],
-                scales: _mm_loadu_si128(w.add(128 + 64).cast()),
-                mins: _mm_setzero_si128(),
+                scales: _mm256_cvtepi8_epi16(scales),
                 d: half(w.add(128 + 64 + 16)),
-                d_min: 0.0,
             }
         }
     }
@@ -504,26 +673,25 @@ impl Format for Q6K {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn dot(w: &Scaled, act: &Super, sum: Sum) -> Sum {
         // weights are 32 less than their bits say
-        let less = _mm256_slli_epi32::<5>(_mm256_madd_epi16(_mm256_cvtepi8_epi16(w.scales), act.sums));
-        let products = _mm256_sub_epi32(scaled(w, &BY_16, act), less);
-        sum.add(_mm256_cvtepi32_ps(products), _mm256_set1_ps(w.d * act.scale))
+        let less = _mm256_slli_epi32::<5>(_mm256_madd_epi16(w.scales, act.sums));
+        sum.add(_mm256_sub_epi32(w.products(act), less), _mm256_mul_ps(w.d, _mm256_set1_ps(act.scale)))
     }
 }
 
 struct Iq4Xs;
 
-/// As `TwoBlocks`, four times two sub-blocks of 32.
+/// Activations in the order of `Nibbles`, four times two sub-blocks of 32.
 #[repr(C, align(64))]
 struct EightBlocks {
-    q: [[__m256i; 2]; 4],
+    q: [[Signed; 2]; 4],
     scale: f32,
 }
 
 struct SubBlocks {
     q: [[__m256i; 2]; 4],
-    /// Of each sub-block, whole numbers.
-    scale: [__m256; 4],
-    d: f32,
+    /// 16 bits each, of one sub-block for each half of a register.
+    scales: [__m256i; 4],
+    d: __m256,
 }
 
 impl Format for Iq4Xs {
@@ -538,10 +706,10 @@ impl Format for Iq4Xs {
     unsafe fn prepare(act: *const u8) -> EightBlocks {
         // SAFETY: the caller has a block.
         unsafe {
-            let mut q = [[_mm256_setzero_si256(); 2]; 4];
+            let mut q = [[Signed::new(_mm256_setzero_si256()); 2]; 4];
             for (i, q) in q.iter_mut().enumerate() {
                 let at = act.add(4 + i * 64);
-                *q = [pieces::<32>(at), pieces::<32>(at.add(16))];
+                *q = Signed::both([pieces::<32>(at), pieces::<32>(at.add(16))]);
             }
             EightBlocks { q, scale: act.cast::<f32>().read_unaligned() }
         }
@@ -550,43 +718,46 @@ impl Format for Iq4Xs {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn decode(w: *const u8) -> SubBlocks {
-        const LOW: [i32; 8] = spread([0, 4]);
-        const HIGH: [i32; 8] = spread([0, 2]);
+        // of a sub-block's scale, four bits and two bits more; the even ones first
+        const LOW: [i32; 8] = [0, 8, 16, 24, 4, 12, 20, 28];
+        const HIGH: [i32; 8] = [0, 4, 8, 12, 2, 6, 10, 14];
         // SAFETY: the caller has a block.
         unsafe {
-            // of a sub-block's scale, four bits and two bits more
             let low = _mm256_set1_epi32(w.add(4).cast::<i32>().read_unaligned());
             let high = _mm256_set1_epi32(i32::from(w.add(2).cast::<u16>().read_unaligned()) << 4);
-            let (by_low, by_high) = (load(LOW.as_ptr().cast()), load(HIGH.as_ptr().cast()));
+            let bits = _mm256_or_si256(
+                _mm256_and_si256(_mm256_srlv_epi32(low, load(LOW.as_ptr().cast())), _mm256_set1_epi32(0x0f)),
+                _mm256_and_si256(
+                    _mm256_srlv_epi32(high, load(HIGH.as_ptr().cast())),
+                    _mm256_set1_epi32(0x30),
+                ),
+            );
+            let twice = _mm256_or_si256(bits, _mm256_slli_epi32::<16>(bits));
+            let all = _mm256_sub_epi16(twice, _mm256_set1_epi16(32));
             let mut q = [[_mm256_setzero_si256(); 2]; 4];
-            let mut scale = [_mm256_setzero_ps(); 4];
-            for i in 0..4 {
-                q[i] = values(&IQ4_VALUES, nibbles(load(w.add(8 + i * 32))));
-                let n = i as i32;
-                let low = _mm256_srlv_epi32(low, _mm256_add_epi32(by_low, _mm256_set1_epi32(8 * n)));
-                let high = _mm256_srlv_epi32(high, _mm256_add_epi32(by_high, _mm256_set1_epi32(4 * n)));
-                let bits = _mm256_or_si256(
-                    _mm256_and_si256(low, _mm256_set1_epi32(0x0f)),
-                    _mm256_and_si256(high, _mm256_set1_epi32(0x30)),
-                );
-                scale[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(bits, _mm256_set1_epi32(32)));
+            for (i, q) in q.iter_mut().enumerate() {
+                *q = values(&IQ4_VALUES, 0, nibbles(load(w.add(8 + i * 32))));
             }
-            SubBlocks { q, scale, d: half(w) }
+            SubBlocks {
+                q,
+                scales: [
+                    _mm256_shuffle_epi32::<0b00_00_00_00>(all),
+                    _mm256_shuffle_epi32::<0b01_01_01_01>(all),
+                    _mm256_shuffle_epi32::<0b10_10_10_10>(all),
+                    _mm256_shuffle_epi32::<0b11_11_11_11>(all),
+                ],
+                d: half(w),
+            }
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn dot(w: &SubBlocks, act: &EightBlocks, sum: Sum) -> Sum {
-        // whole numbers up to 2^24 are exact
-        let mut all = _mm256_setzero_ps();
-        for i in 0..4 {
-            let products = _mm256_add_epi32(
-                signed_products(w.q[i][0], act.q[i][0]),
-                signed_products(w.q[i][1], act.q[i][1]),
-            );
-            all = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), w.scale[i], all);
+        let mut products = _mm256_setzero_si256();
+        for ((q, act), scale) in w.q.iter().zip(&act.q).zip(&w.scales) {
+            products = _mm256_add_epi32(products, Signed::products_of_both(act, q, *scale));
         }
-        sum.add(all, _mm256_set1_ps(w.d * act.scale))
+        sum.add(products, _mm256_mul_ps(w.d, _mm256_set1_ps(act.scale)))
     }
 }

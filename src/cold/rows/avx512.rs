@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Q8_K_BYTES, RowKernel, spread};
+use super::{IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Q8_K_BYTES, RowKernel};
 use crate::ggml;
 
 pub fn is_available() -> bool {
@@ -141,6 +141,17 @@ unsafe fn half(at: *const u8) -> f32 {
     // SAFETY: the caller has two bytes.
     let bits = unsafe { at.cast::<i16>().read_unaligned() };
     _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits.into())))
+}
+
+/// As often as fits, each of some values.
+const fn spread<T: Copy, const N: usize, const M: usize>(values: [T; N]) -> [T; M] {
+    let mut out = [values[0]; M];
+    let mut i = 0;
+    while i < M {
+        out[i] = values[i * N / M];
+        i += 1;
+    }
+    out
 }
 
 /// Four blocks of 32 with an activation of q8_0: a block's 16 bytes are a quarter of a register, their low nibbles

@@ -149,17 +149,6 @@ const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 2
 /// `kvalues_mxfp4`, twice what the format says.
 const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// As often as fits, each of some values.
-const fn spread<T: Copy, const N: usize, const M: usize>(values: [T; N]) -> [T; M] {
-    let mut out = [values[0]; M];
-    let mut i = 0;
-    while i < M {
-        out[i] = values[i * N / M];
-        i += 1;
-    }
-    out
-}
-
 /// The longest step of blocks of 32, which are those that can end within one.
 const PADDED: usize = 4 * Q8_0_BYTES;
 
