@@ -2,7 +2,7 @@
 //! model with 128 experts a layer, 8 used, 32 slots a layer.
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use moe_hot::policy::{self, Key, Limits, PolicyKind, PoolShape};
+use moe_hot::policy::{self, Key, Limits, PolicyKind, PoolShape, Routed};
 
 const SHAPE: PoolShape =
     PoolShape { n_layers: 48, n_expert: 128, n_used: 8, n_slots: 32 * 48, expert_bytes: 1 << 20 };
@@ -19,7 +19,7 @@ fn bench(c: &mut Criterion) {
         let mut slots: Vec<Option<Key>> = vec![None; SHAPE.n_slots as usize];
         let mut t = 0;
         let mut step = |plan: bool| {
-            policy.observe(1, &token(t));
+            policy.observe(Routed { n_tokens: 1, sequences: &[], ids: &token(t) });
             t += 1;
             let mut swaps = Vec::new();
             if plan {

@@ -27,7 +27,7 @@ use crate::{
     fault,
     lanes::{self, Lanes, assumed_rate},
     log::{Level, log},
-    policy::{self, Key, Limits, Policy, PoolShape, Swap},
+    policy::{self, Key, Limits, Policy, PoolShape, Routed, Swap},
     slots::{Action, SlotTable, Stamp},
     telemetry::Stats,
     trace::{TraceError, TraceHeader, TraceLayer, TraceWriter},
@@ -687,7 +687,7 @@ impl Control {
                 ids.clone_from(&usage.ids[layer]);
                 control.uses_since_plan += ids.len() as u64;
             }
-            control.policy.observe(usage.n_tokens, &self.ids);
+            control.policy.observe(Routed { n_tokens: usage.n_tokens, sequences: &[], ids: &self.ids });
         }
         if let Some(trace) = &mut self.trace
             && let Err(e) = trace.routed(usage.n_tokens, &usage.ids)

@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use crate::{
-    policy::{self, Key, Limits, Policy, PolicyKind, PoolShape, Swap},
+    policy::{self, Key, Limits, Policy, PolicyKind, PoolShape, Routed, Swap},
     trace::{TraceError, TraceHeader, TraceReader, TraceRecord},
 };
 
@@ -203,7 +203,7 @@ pub fn replay(
                 p.uses_since_plan += step.ids[*layer].len() as u64;
                 ids.push(step.ids[*layer].clone());
             }
-            p.policy.observe(step.n_tokens, &ids);
+            p.policy.observe(Routed { n_tokens: step.n_tokens, sequences: &[], ids: &ids });
         }
         since_plan = if planning { step.n_tokens } else { since_plan + step.n_tokens };
     }

@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Key, Limits, Policy, PoolShape, Swap,
+    Key, Limits, Policy, PoolShape, Routed, Swap,
     residency::{Residents, Touched, swaps},
 };
 
@@ -94,9 +94,9 @@ impl Policy for Decay {
         "decay"
     }
 
-    fn observe(&mut self, n_tokens: u32, ids: &[Vec<u16>]) {
-        self.now += u64::from(n_tokens);
-        for (layer, ids) in ids.iter().enumerate() {
+    fn observe(&mut self, routed: Routed<'_>) {
+        self.now += u64::from(routed.n_tokens);
+        for (layer, ids) in routed.ids.iter().enumerate() {
             for &expert in ids {
                 let i = self.shape.index(Key { layer: layer as u16, expert });
                 let score = self.score(i) + 1.0;
@@ -111,9 +111,9 @@ impl Policy for Decay {
         }
     }
 
-    fn observe_prompt(&mut self, ids: &[Vec<u16>]) {
+    fn observe_prompt(&mut self, routed: Routed<'_>) {
         self.prompt.resize(self.shape.n_keys(), 0);
-        for (layer, ids) in ids.iter().enumerate() {
+        for (layer, ids) in routed.ids.iter().enumerate() {
             for &expert in ids {
                 self.prompt[self.shape.index(Key { layer: layer as u16, expert })] += 1;
             }

@@ -1,7 +1,7 @@
 //! Static: the experts used most in the first tokens get the slots and keep them. What a profile from
 //! another time would do, and the yardstick that a policy which follows the text must beat.
 
-use super::{Key, Limits, Policy, PoolShape, Swap, lfu::Lfu};
+use super::{Key, Limits, Policy, PoolShape, Routed, Swap, lfu::Lfu};
 
 /// Tokens after which the set is fixed.
 const WARM_UP_TOKENS: u64 = 256;
@@ -22,16 +22,16 @@ impl Policy for Fixed {
         "static"
     }
 
-    fn observe(&mut self, n_tokens: u32, ids: &[Vec<u16>]) {
+    fn observe(&mut self, routed: Routed<'_>) {
         if self.tokens < WARM_UP_TOKENS {
-            self.counts.count(ids);
+            self.counts.count(routed.ids);
         }
-        self.tokens += u64::from(n_tokens);
+        self.tokens += u64::from(routed.n_tokens);
     }
 
-    fn observe_prompt(&mut self, ids: &[Vec<u16>]) {
+    fn observe_prompt(&mut self, routed: Routed<'_>) {
         if self.tokens < WARM_UP_TOKENS {
-            self.counts.count(ids);
+            self.counts.count(routed.ids);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Least frequently used, all-time counts: adapts ever more slowly. Here for comparison.
 
 use super::{
-    Key, Limits, Policy, PoolShape, Swap,
+    Key, Limits, Policy, PoolShape, Routed, Swap,
     residency::{Residents, Touched, swaps},
 };
 
@@ -39,11 +39,11 @@ impl Policy for Lfu {
         "lfu"
     }
 
-    fn observe(&mut self, _n_tokens: u32, ids: &[Vec<u16>]) {
-        self.count(ids);
+    fn observe(&mut self, routed: Routed<'_>) {
+        self.count(routed.ids);
     }
 
-    fn observe_prompt(&mut self, _ids: &[Vec<u16>]) {}
+    fn observe_prompt(&mut self, _routed: Routed<'_>) {}
 
     fn plan(&mut self, slots: &[Option<Key>], limits: Limits, out: &mut Vec<Swap>) {
         self.residents.set(self.shape, slots);

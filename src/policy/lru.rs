@@ -1,7 +1,7 @@
 //! Least recently used: every expert that is used gets a slot, the one unused for longest loses its own.
 
 use super::{
-    Key, Limits, Policy, PoolShape, Swap,
+    Key, Limits, Policy, PoolShape, Routed, Swap,
     residency::{Residents, Touched, swaps},
 };
 
@@ -31,9 +31,9 @@ impl Policy for Lru {
         "lru"
     }
 
-    fn observe(&mut self, n_tokens: u32, ids: &[Vec<u16>]) {
-        self.now += u64::from(n_tokens);
-        for (layer, ids) in ids.iter().enumerate() {
+    fn observe(&mut self, routed: Routed<'_>) {
+        self.now += u64::from(routed.n_tokens);
+        for (layer, ids) in routed.ids.iter().enumerate() {
             for &expert in ids {
                 let i = self.shape.index(Key { layer: layer as u16, expert });
                 self.last[i] = self.now;
@@ -42,7 +42,7 @@ impl Policy for Lru {
         }
     }
 
-    fn observe_prompt(&mut self, _ids: &[Vec<u16>]) {}
+    fn observe_prompt(&mut self, _routed: Routed<'_>) {}
 
     fn plan(&mut self, slots: &[Option<Key>], limits: Limits, out: &mut Vec<Swap>) {
         self.residents.set(self.shape, slots);

@@ -95,17 +95,36 @@ pub struct Swap {
     pub admit: Key,
 }
 
+/// What a ubatch routed.
+#[derive(Clone, Copy, Debug)]
+pub struct Routed<'a> {
+    /// Tokens.
+    pub n_tokens: u32,
+    /// Sequence of each token; empty when all are of one.
+    pub sequences: &'a [u32],
+    /// `ids[layer]`: experts routed, the tokens one after the other.
+    pub ids: &'a [Vec<u16>],
+}
+
 /// A way to choose the hot set of one pool.
 pub trait Policy: Send {
     /// Its name on the command line.
     fn name(&self) -> &'static str;
 
-    /// One decoded ubatch of `n_tokens` tokens; `ids[layer]` are the experts routed in it, the tokens
-    /// one after the other.
-    fn observe(&mut self, n_tokens: u32, ids: &[Vec<u16>]);
+    /// One decoded ubatch.
+    fn observe(&mut self, routed: Routed<'_>);
 
     /// The routing of a prompt: may seed slots that are free, and stays out of recency.
-    fn observe_prompt(&mut self, ids: &[Vec<u16>]);
+    fn observe_prompt(&mut self, routed: Routed<'_>);
+
+    /// What it would like to know at its next start, by [`PoolShape::index`]: larger is hotter. Empty when
+    /// it keeps no such thing.
+    fn heat(&self) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// Starts from the heat of another run; called before anything is observed.
+    fn warm(&mut self, _heat: &[f32]) {}
 
     /// Appends swaps to `out`. `slots[s]` is what slot s is assigned to, copies in flight included.
     /// At most `limits.max_swaps`; no slot and no expert twice; no expert that has a slot.

@@ -12,6 +12,10 @@ fn shape(n_layers: u16, n_expert: u16, n_slots: u32) -> PoolShape {
     PoolShape { n_layers, n_expert, n_used: 2, n_slots, expert_bytes: 1 }
 }
 
+fn routed(n_tokens: u32, ids: &[Vec<u16>]) -> Routed<'_> {
+    Routed { n_tokens, sequences: &[], ids }
+}
+
 fn key(layer: u16, expert: u16) -> Key {
     Key { layer, expert }
 }
@@ -37,7 +41,7 @@ impl Pool {
     }
 
     fn token(&mut self, experts: &[u16]) -> Vec<Swap> {
-        self.policy.observe(1, &[experts.to_vec()]);
+        self.policy.observe(routed(1, &[experts.to_vec()]));
         self.plan(NO_LIMIT)
     }
 
@@ -151,7 +155,7 @@ fn decay_follows_a_change_of_the_text() {
 #[test]
 fn decay_seeds_free_slots_from_the_prompt_only() {
     let mut p = Pool::new(PolicyKind::Decay, shape(1, 8, 2));
-    p.policy.observe_prompt(&[vec![7, 7, 6, 6, 6, 5]]);
+    p.policy.observe_prompt(routed(6, &[vec![7, 7, 6, 6, 6, 5]]));
     p.plan(NO_LIMIT);
     assert_eq!(p.residents(), [6, 7], "the most used of the prompt");
     p.token(&[1]);
@@ -171,8 +175,8 @@ proptest! {
         let shape = shape(3, 8, n_slots);
         let (mut a, mut b) = (Pool::new(kind, shape), Pool::new(kind, shape));
         for (n_tokens, ids, plan) in &steps {
-            a.policy.observe(*n_tokens, ids);
-            b.policy.observe(*n_tokens, ids);
+            a.policy.observe(routed(*n_tokens, ids));
+            b.policy.observe(routed(*n_tokens, ids));
             if !plan { continue }
             let before = a.slots.clone();
             let swaps = a.plan(Limits { max_swaps });
