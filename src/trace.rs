@@ -18,16 +18,19 @@
 
 use std::{
     fs::File,
-    io::{self, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
 };
 
+use flate2::read::MultiGzDecoder;
 use parking_lot::Mutex;
 
 use crate::policy::{Key, Swap};
 
 const MAGIC: [u8; 8] = *b"MOEHOTRT";
 const VERSION: u32 = 1;
+/// How a gzipped file begins.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
 /// A block is written when it has grown to this size.
 pub const BLOCK_BYTES: usize = 64 << 10;
 /// Most bytes of a head or block that a reader accepts: a bound on memory for damaged files.
@@ -232,8 +235,7 @@ impl Drop for TraceWriter {
 }
 
 /// Reads a trace; iterates over its records. After an error the iteration ends.
-#[derive(Debug)]
-pub struct TraceReader<R = BufReader<File>> {
+pub struct TraceReader<R = Box<dyn Read>> {
     path: String,
     input: R,
     offset: u64,
@@ -245,13 +247,15 @@ pub struct TraceReader<R = BufReader<File>> {
 }
 
 impl TraceReader {
-    /// Opens the file at `path` and reads its head.
+    /// Opens the file at `path`, gzipped or not, and reads its head. Offsets of errors count unpacked bytes.
     ///
     /// # Errors
     /// Any [`TraceError`].
     pub fn open(path: &Path) -> Result<Self, TraceError> {
-        let file = File::open(path).map_err(io_error(path))?;
-        TraceReader::new(BufReader::new(file), &path.display().to_string())
+        let mut file = BufReader::new(File::open(path).map_err(io_error(path))?);
+        let gzipped = file.fill_buf().map_err(io_error(path))?.starts_with(&GZIP);
+        let input: Box<dyn Read> = if gzipped { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+        TraceReader::new(input, &path.display().to_string())
     }
 }
 
@@ -548,7 +552,7 @@ mod tests {
 
     #[test]
     fn a_missing_file_names_itself() {
-        let e = TraceReader::open(Path::new("/nonexistent/x.trace")).unwrap_err().to_string();
+        let e = TraceReader::open(Path::new("/nonexistent/x.trace")).err().expect("no such file").to_string();
         assert_eq!(e, "/nonexistent/x.trace: No such file or directory (os error 2)");
         let e = TraceWriter::create(Path::new("/nonexistent/x.trace"), &header()).err().unwrap().to_string();
         assert_eq!(e, "/nonexistent/x.trace: No such file or directory (os error 2)");

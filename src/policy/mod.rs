@@ -8,6 +8,7 @@ mod decay;
 mod fixed;
 mod lfu;
 mod lru;
+mod predict;
 mod residency;
 
 use std::{
@@ -16,6 +17,7 @@ use std::{
 };
 
 pub use decay::DecayConfig;
+pub use predict::PredictConfig;
 
 /// An expert of a layer; `layer` counts the pool's own layers from 0.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -134,8 +136,10 @@ pub trait Policy: Send {
 /// Which policy.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum PolicyKind {
-    /// Decayed frequency with an admission gate and a margin.
+    /// Online linear prediction of uses.
     #[default]
+    Predict,
+    /// Decayed frequency with an admission gate and a margin.
     Decay,
     /// The experts used last; admits every miss.
     Lru,
@@ -148,7 +152,8 @@ pub enum PolicyKind {
 type Make = fn(PoolShape) -> Box<dyn Policy>;
 
 /// Name and constructor of every policy.
-const POLICIES: [(PolicyKind, &str, Make); 4] = [
+const POLICIES: [(PolicyKind, &str, Make); 5] = [
+    (PolicyKind::Predict, "predict", |s| Box::new(predict::Predict::new(s, PredictConfig::default()))),
     (PolicyKind::Decay, "decay", |s| Box::new(decay::Decay::new(s, DecayConfig::default()))),
     (PolicyKind::Lru, "lru", |s| Box::new(lru::Lru::new(s))),
     (PolicyKind::Lfu, "lfu", |s| Box::new(lfu::Lfu::new(s))),
