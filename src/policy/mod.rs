@@ -6,10 +6,12 @@
 
 mod decay;
 mod fixed;
+mod lfru;
 mod lfu;
 mod lru;
 mod predict;
 mod residency;
+mod s3fifo;
 
 use std::{
     fmt::{self, Display, Formatter},
@@ -147,17 +149,23 @@ pub enum PolicyKind {
     Lfu,
     /// The experts used most in the first tokens, then fixed.
     Static,
+    /// The most uses for the time since the last one; admits every miss.
+    Lfru,
+    /// Queues: a small one to prove oneself in, a main one, and the names of who passed by.
+    S3Fifo,
 }
 
 type Make = fn(PoolShape) -> Box<dyn Policy>;
 
 /// Name and constructor of every policy.
-const POLICIES: [(PolicyKind, &str, Make); 5] = [
+const POLICIES: [(PolicyKind, &str, Make); 7] = [
     (PolicyKind::Predict, "predict", |s| Box::new(predict::Predict::new(s, PredictConfig::default()))),
     (PolicyKind::Decay, "decay", |s| Box::new(decay::Decay::new(s, DecayConfig::default()))),
     (PolicyKind::Lru, "lru", |s| Box::new(lru::Lru::new(s))),
     (PolicyKind::Lfu, "lfu", |s| Box::new(lfu::Lfu::new(s))),
     (PolicyKind::Static, "static", |s| Box::new(fixed::Fixed::new(s))),
+    (PolicyKind::Lfru, "lfru", |s| Box::new(lfru::Lfru::new(s))),
+    (PolicyKind::S3Fifo, "s3fifo", |s| Box::new(s3fifo::S3Fifo::new(s))),
 ];
 
 impl PolicyKind {

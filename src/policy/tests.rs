@@ -59,7 +59,7 @@ fn names_go_back_and_forth() {
         assert_eq!(build(kind, shape(1, 4, 2)).name(), kind.to_string());
     }
     assert_eq!("fifo".parse::<PolicyKind>(), Err(()));
-    assert_eq!(PolicyKind::names(), "predict, decay, lru, lfu, static");
+    assert_eq!(PolicyKind::names(), "predict, decay, lru, lfu, static, lfru, s3fifo");
 }
 
 #[test]
@@ -192,4 +192,161 @@ proptest! {
             prop_assert_eq!(residents.iter().collect::<HashSet<_>>().len(), residents.len(), "an expert twice");
         }
     }
+}
+
+#[test]
+fn lfru_weighs_uses_against_the_time_since_the_last() {
+    let mut p = Pool::new(PolicyKind::Lfru, shape(1, 8, 2));
+    p.token(&[1]);
+    p.token(&[1]);
+    p.token(&[1]);
+    p.token(&[2]);
+    // 3 uses 2 tokens ago and 1 use 1 token ago: 3/3 against 1/2; the one used last goes, unlike in LRU
+    assert_eq!(p.token(&[3]), [Swap { slot: 1, evict: Some(key(0, 2)), admit: key(0, 3) }]);
+    for _ in 0..3 {
+        assert_eq!(p.token(&[3]), []);
+    }
+    // 3/7 against 4/2; the one used most is old now
+    assert_eq!(p.token(&[4]), [Swap { slot: 0, evict: Some(key(0, 1)), admit: key(0, 4) }]);
+}
+
+#[test]
+fn lfru_counts_anew_when_a_slot_was_lost() {
+    let mut p = Pool::new(PolicyKind::Lfru, shape(1, 8, 2));
+    for _ in 0..4 {
+        p.token(&[1]);
+    }
+    p.token(&[2]);
+    for _ in 0..8 {
+        p.token(&[2]);
+    }
+    assert_eq!(p.token(&[3]), [Swap { slot: 0, evict: Some(key(0, 1)), admit: key(0, 3) }], "4/11");
+    assert_eq!(
+        p.token(&[1]),
+        [Swap { slot: 0, evict: Some(key(0, 3)), admit: key(0, 1) }],
+        "1/2 against 9/3"
+    );
+    assert_eq!(
+        p.token(&[3]),
+        [Swap { slot: 0, evict: Some(key(0, 1)), admit: key(0, 3) }],
+        "again 1/2, not 5/2"
+    );
+}
+
+#[test]
+fn lfru_spares_who_was_used_as_late_as_the_candidate() {
+    let mut p = Pool::new(PolicyKind::Lfru, shape(1, 8, 2));
+    p.token(&[1, 2]);
+    assert_eq!(p.token(&[1, 2, 3, 4]), []);
+    assert_eq!(p.token(&[1, 3, 4]), [Swap { slot: 1, evict: Some(key(0, 2)), admit: key(0, 3) }]);
+}
+
+#[test]
+fn layers_take_turns_among_equals() {
+    for kind in [PolicyKind::Lfru, PolicyKind::S3Fifo] {
+        let shape = shape(3, 64, 9);
+        let mut p = Pool::new(kind, shape);
+        let mut admitted = [0; 3];
+        for i in 0..60 {
+            // strangers in every layer, one swap a plan
+            p.policy.observe(routed(1, &[vec![i], vec![i], vec![i]]));
+            for s in p.plan(Limits { max_swaps: 1 }) {
+                admitted[usize::from(s.admit.layer)] += 1;
+            }
+        }
+        assert_eq!(admitted, [20; 3], "{kind}");
+    }
+}
+
+#[test]
+fn s3fifo_sends_strangers_through_the_small_queue() {
+    let mut p = Pool::new(PolicyKind::S3Fifo, shape(1, 64, 10));
+    p.token(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    for _ in 0..2 {
+        p.token(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    }
+    // all are in S; those used twice since move to M, and the first one without goes
+    assert_eq!(p.token(&[20]), [Swap { slot: 9, evict: Some(key(0, 9)), admit: key(0, 20) }]);
+    for e in 21..40 {
+        let swap = Swap { slot: 9, evict: Some(key(0, e - 1)), admit: key(0, e) };
+        assert_eq!(p.token(&[e]), [swap], "M is not touched");
+    }
+}
+
+#[test]
+fn s3fifo_admits_a_ghost_to_the_main_queue() {
+    let mut p = Pool::new(PolicyKind::S3Fifo, shape(1, 64, 10));
+    p.token(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    for _ in 0..2 {
+        p.token(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    }
+    p.token(&[20]);
+    // 9 was evicted from S: a ghost. S is at its size, so it pays for the slot
+    assert_eq!(p.token(&[9]), [Swap { slot: 9, evict: Some(key(0, 20)), admit: key(0, 9) }]);
+    // S is empty: the oldest of M without a use since it came there goes
+    assert_eq!(p.token(&[21]), [Swap { slot: 0, evict: Some(key(0, 0)), admit: key(0, 21) }]);
+    // 21 is in S; who is evicted from M is not remembered
+    assert_eq!(p.token(&[0]), [Swap { slot: 0, evict: Some(key(0, 21)), admit: key(0, 0) }]);
+    // S again: 0 was not a ghost
+    assert_eq!(p.token(&[22]), [Swap { slot: 0, evict: Some(key(0, 0)), admit: key(0, 22) }]);
+}
+
+#[test]
+fn s3fifo_gives_another_round_for_each_use() {
+    let mut p = Pool::new(PolicyKind::S3Fifo, shape(1, 64, 3));
+    p.token(&[0, 1, 2]);
+    for _ in 0..2 {
+        p.token(&[0, 1]);
+    }
+    p.token(&[10]); // M: 0, 1; S: 10; ghost: 2
+    p.token(&[0]);
+    // the ghost enters M, paid by S
+    assert_eq!(p.token(&[2]), [Swap { slot: 2, evict: Some(key(0, 10)), admit: key(0, 2) }]);
+    // M: 0 with a use, 1, 2; S empty: 0 goes to the end, 1 goes
+    assert_eq!(p.token(&[11]), [Swap { slot: 1, evict: Some(key(0, 1)), admit: key(0, 11) }]);
+}
+
+#[test]
+fn s3fifo_counts_the_uses_before_the_plan() {
+    let mut p = Pool::new(PolicyKind::S3Fifo, shape(1, 64, 2));
+    p.policy.observe(routed(3, &[vec![1, 2, 1, 1]]));
+    p.plan(NO_LIMIT);
+    // 1 has the two uses that take it to M
+    assert_eq!(p.token(&[3]), [Swap { slot: 1, evict: Some(key(0, 2)), admit: key(0, 3) }]);
+}
+
+#[test]
+fn s3fifo_remembers_who_the_limit_kept_out() {
+    let mut p = Pool::new(PolicyKind::S3Fifo, shape(1, 64, 10));
+    p.token(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    // as many strangers as S has slots to give: all in the first plan, whose limit is 1
+    p.policy.observe(routed(1, &[vec![20, 21]]));
+    assert_eq!(p.plan(Limits { max_swaps: 1 }).len(), 1);
+    // 21 is a ghost, so it comes before 22, which was used first
+    p.policy.observe(routed(1, &[vec![22, 21]]));
+    let swaps = p.plan(Limits { max_swaps: 1 });
+    assert_eq!(swaps, [Swap { slot: 1, evict: Some(key(0, 1)), admit: key(0, 21) }]);
+}
+
+#[test]
+fn s3fifo_does_not_let_a_burst_into_the_main_queue() {
+    let mut p = Pool::new(PolicyKind::S3Fifo, shape(1, 64, 10));
+    p.token(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    for _ in 0..2 {
+        p.token(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    }
+    p.token(&[20]);
+    let burst: Vec<u16> = (30..50).collect();
+    assert_eq!(p.token(&burst), [Swap { slot: 9, evict: Some(key(0, 20)), admit: key(0, 30) }]);
+}
+
+#[test]
+fn s3fifo_follows_slots_that_change_without_it() {
+    let mut p = Pool::new(PolicyKind::S3Fifo, shape(1, 64, 3));
+    p.slots = vec![Some(key(0, 1)), Some(key(0, 2)), Some(key(0, 3))];
+    assert_eq!(p.token(&[4]), [Swap { slot: 0, evict: Some(key(0, 1)), admit: key(0, 4) }]);
+    // that copy failed, and another two took each other's place
+    p.slots = vec![None, Some(key(0, 3)), Some(key(0, 2))];
+    assert_eq!(p.token(&[5]), [Swap { slot: 0, evict: None, admit: key(0, 5) }]);
+    assert_eq!(p.token(&[6]), [Swap { slot: 1, evict: Some(key(0, 3)), admit: key(0, 6) }]);
 }
