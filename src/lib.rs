@@ -22,6 +22,7 @@ pub mod log;
 pub mod mailbox;
 pub mod model;
 pub mod policy;
+pub mod profile;
 pub mod registry;
 pub mod replay;
 pub mod slots;
