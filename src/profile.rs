@@ -261,7 +261,7 @@ impl Profile {
             .prefix(".moe-hot-profile-")
             .permissions(permissions.clone())
             .tempfile_in(folder)
-            .map_err(|e| io_error(e))?;
+            .map_err(&io_error)?;
         file.write_all(&bytes).map_err(&io_error)?;
         if target.exists() {
             // exactly, whatever the umask is

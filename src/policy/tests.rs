@@ -350,3 +350,34 @@ fn s3fifo_follows_slots_that_change_without_it() {
     assert_eq!(p.token(&[5]), [Swap { slot: 0, evict: None, admit: key(0, 5) }]);
     assert_eq!(p.token(&[6]), [Swap { slot: 1, evict: Some(key(0, 3)), admit: key(0, 6) }]);
 }
+
+proptest! {
+    /// Copies fail and slots change under the policy: its plans stay legal.
+    #[test]
+    fn plans_stay_legal_when_swaps_fail(
+        kind in prop::sample::select(PolicyKind::all().collect::<Vec<_>>()),
+        n_slots in 1..24u32,
+        max_swaps in 1..4u32,
+        steps in prop::collection::vec((prop::collection::vec(prop::collection::vec(0..16u16, 1..6), 2), 0..8u8, any::<prop::sample::Index>()), 1..120),
+    ) {
+        let mut p = Pool::new(kind, shape(2, 16, n_slots));
+        for (ids, fate, at) in &steps {
+            p.policy.observe(routed(1, ids));
+            let before = p.slots.clone();
+            let swaps = p.plan(Limits { max_swaps });
+            prop_assert!(swaps.len() <= max_swaps as usize);
+            let slots: HashSet<_> = swaps.iter().map(|s| s.slot).collect();
+            prop_assert_eq!(slots.len(), swaps.len(), "a slot twice");
+            for s in &swaps {
+                prop_assert_eq!(s.evict, before[s.slot as usize]);
+                prop_assert!(!before.contains(&Some(s.admit)), "admits a resident");
+            }
+            match fate {
+                0 => swaps.iter().for_each(|s| p.slots[s.slot as usize] = None),
+                1 => p.slots = before,
+                2 => p.slots.swap(0, at.index(n_slots as usize)),
+                _ => {}
+            }
+        }
+    }
+}
