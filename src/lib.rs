@@ -11,6 +11,8 @@
 pub mod cold;
 pub mod config;
 pub mod context;
+#[cfg(feature = "cli")]
+pub mod cost;
 pub mod device;
 pub mod fault;
 pub mod ffi;
@@ -21,6 +23,8 @@ pub mod lanes;
 pub mod log;
 pub mod mailbox;
 pub mod model;
+#[cfg(feature = "cli")]
+pub mod plot;
 pub mod policy;
 pub mod profile;
 pub mod registry;

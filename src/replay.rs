@@ -1,10 +1,10 @@
-//! Replays a recorded routing against a policy: the same objects as in the server, the optimum beside
-//! them.
+//! Replays a recorded routing against a policy: the same objects as in the server, the optimum and the
+//! best fixed set beside them.
 //!
 //! A plan is made at a ubatch boundary once enough tokens were decoded, as in the server. Its copies
 //! take one ubatch: the expert that leaves is cold at once, the one that comes is hot a ubatch later.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{collections::BinaryHeap, ops::AddAssign};
 
 use crate::{
     policy::{self, Key, Limits, Policy, PolicyKind, PoolShape, Routed, Swap},
@@ -91,22 +91,50 @@ impl Routing {
             expert_bytes: 1,
         }
     }
+
+    /// Bytes of an expert by layer; none unless the trace tells all of them.
+    fn expert_bytes(&self) -> Option<Vec<u64>> {
+        (0..self.header.layers.len()).map(|l| expert_bytes(&self.header, l)).collect()
+    }
+}
+
+/// Bytes of an expert of a layer of the trace. Traces of version 1 do not tell.
+pub fn expert_bytes(_header: &TraceHeader, _layer: usize) -> Option<u64> {
+    None
 }
 
 /// What a replay counted.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Outcome {
+    /// Ubatches.
+    pub steps: u64,
     /// Tokens.
     pub tokens: u64,
     /// Uses of an expert that had a slot.
     pub hits: u64,
     /// Uses of one that had none: reads from host memory.
     pub misses: u64,
+    /// Experts without a slot, each counted once a ubatch and layer however many of its tokens used it.
+    pub cold: u64,
+    /// Layers with an expert without a slot, summed over the ubatches.
+    pub cold_layers: u64,
     /// Experts copied into a slot.
     pub uploads: u64,
+    /// Bytes read from host memory, for cold experts and for uploads; none when the trace does not tell
+    /// how large an expert is.
+    pub bytes: Option<u64>,
 }
 
 impl Outcome {
+    fn of(routing: &Routing, bytes: bool) -> Self {
+        Outcome {
+            steps: routing.steps.len() as u64,
+            tokens: routing.n_tokens(),
+            bytes: bytes.then_some(0),
+            ..Outcome::default()
+        }
+    }
+
     /// Share of uses that found a slot.
     pub fn hit_rate(&self) -> f64 {
         self.hits as f64 / (self.hits + self.misses).max(1) as f64
@@ -117,22 +145,117 @@ impl Outcome {
         self.misses as f64 / self.tokens.max(1) as f64
     }
 
-    /// Hits that an upload brought.
-    pub fn hits_per_upload(&self) -> f64 {
-        self.hits as f64 / self.uploads.max(1) as f64
+    /// Hits that an upload brought; none without uploads.
+    pub fn hits_per_upload(&self) -> Option<f64> {
+        (self.uploads > 0).then(|| self.hits as f64 / self.uploads as f64)
+    }
+
+    /// Bytes read from host memory by token.
+    pub fn bytes_per_token(&self) -> Option<f64> {
+        self.bytes.map(|b| b as f64 / self.tokens.max(1) as f64)
+    }
+
+    fn read(&mut self, n_bytes: Option<u64>) {
+        if let (Some(sum), Some(n)) = (&mut self.bytes, n_bytes) {
+            *sum += n;
+        }
+    }
+}
+
+impl AddAssign for Outcome {
+    /// Sums over traces; the bytes are known when those of both are.
+    fn add_assign(&mut self, o: Outcome) {
+        self.steps += o.steps;
+        self.tokens += o.tokens;
+        self.hits += o.hits;
+        self.misses += o.misses;
+        self.cold += o.cold;
+        self.cold_layers += o.cold_layers;
+        self.uploads += o.uploads;
+        self.bytes = self.bytes.zip(o.bytes).map(|(a, b)| a + b);
+    }
+}
+
+/// The uses of one pool: what is hot, and the counts of what is not.
+struct Residence {
+    shape: PoolShape,
+    /// Index into the header's layers of each of the pool's.
+    layers: Vec<usize>,
+    /// Bytes of an expert of each of the pool's layers.
+    bytes: Option<Vec<u64>>,
+    hot: Vec<bool>,
+    /// Step of the last cold use, from 1: tells the first use in a ubatch from the others.
+    cold_at: Vec<u32>,
+}
+
+impl Residence {
+    fn new(shape: PoolShape, layers: Vec<usize>, bytes: Option<&[u64]>) -> Self {
+        let bytes = bytes.map(|b| layers.iter().map(|l| b[*l]).collect());
+        Residence { shape, layers, bytes, hot: vec![false; shape.n_keys()], cold_at: vec![0; shape.n_keys()] }
+    }
+
+    fn set(&mut self, key: Key, hot: bool) {
+        self.hot[self.shape.index(key)] = hot;
+    }
+
+    fn bytes_of(&self, layer: u16) -> Option<u64> {
+        self.bytes.as_ref().map(|b| b[usize::from(layer)])
+    }
+
+    /// Counts the uses of step `at`; returns how many there are.
+    fn count(&mut self, at: usize, step: &Step, out: &mut Outcome) -> u64 {
+        let mut uses = 0;
+        let n_expert = usize::from(self.shape.n_expert);
+        for (i, layer) in self.layers.iter().enumerate() {
+            let ids = &step.ids[*layer];
+            let (mut misses, mut cold) = (0, 0);
+            let hot = &self.hot[i * n_expert..][..n_expert];
+            let cold_at = &mut self.cold_at[i * n_expert..][..n_expert];
+            for id in ids {
+                let id = usize::from(*id);
+                if !hot[id] {
+                    misses += 1;
+                    cold += u64::from(std::mem::replace(&mut cold_at[id], at as u32 + 1) != at as u32 + 1);
+                }
+            }
+            uses += ids.len() as u64;
+            out.misses += misses;
+            out.hits += ids.len() as u64 - misses;
+            out.cold += cold;
+            out.cold_layers += u64::from(cold > 0);
+            out.read(self.bytes_of(i as u16).map(|b| cold * b));
+        }
+        uses
     }
 }
 
 /// The slots of one class during a replay.
 struct Pool {
-    layers: Vec<usize>,
-    shape: PoolShape,
+    residence: Residence,
     policy: Box<dyn Policy>,
     slots: Vec<Option<Key>>,
-    hot: Vec<bool>,
-    /// Experts whose copy runs during the current ubatch.
-    copying: Vec<Key>,
+    /// Swaps whose copy runs during the current ubatch.
+    copying: Vec<Swap>,
     uses_since_plan: u64,
+    /// Routing of the pool's layers, when they do not lie side by side in the trace.
+    gathered: Vec<Vec<u16>>,
+}
+
+impl Pool {
+    fn observe(&mut self, step: &Step) {
+        let layers = &self.residence.layers;
+        let (first, n) = (layers.first().copied().unwrap_or(0), layers.len());
+        let ids = if layers.last().is_none_or(|l| l + 1 == first + n) {
+            &step.ids[first..first + n]
+        } else {
+            self.gathered.resize_with(n, Vec::new);
+            for (to, layer) in self.gathered.iter_mut().zip(layers) {
+                to.clone_from(&step.ids[*layer]);
+            }
+            &self.gathered
+        };
+        self.policy.observe(Routed { n_tokens: step.n_tokens, sequences: &[], ids });
+    }
 }
 
 /// Replays `routing` with `k` slots a layer and a plan every `interval` tokens. `plan` is told of every
@@ -142,42 +265,64 @@ pub fn replay(
     kind: PolicyKind,
     k: u32,
     interval: u32,
+    plan: impl FnMut(usize, u16, &Swap),
+) -> Outcome {
+    replay_with(routing, &|shape| policy::build(kind, shape), k, interval, plan)
+}
+
+/// As [`replay`], with the policy that `make` gives for each pool: for policies with other constants.
+pub fn replay_with(
+    routing: &Routing,
+    make: &dyn Fn(PoolShape) -> Box<dyn Policy>,
+    k: u32,
+    interval: u32,
+    plan: impl FnMut(usize, u16, &Swap),
+) -> Outcome {
+    replay_bytes(routing, make, k, interval, routing.expert_bytes().as_deref(), plan)
+}
+
+fn replay_bytes(
+    routing: &Routing,
+    make: &dyn Fn(PoolShape) -> Box<dyn Policy>,
+    k: u32,
+    interval: u32,
+    bytes: Option<&[u64]>,
     mut plan: impl FnMut(usize, u16, &Swap),
 ) -> Outcome {
     let mut pools: Vec<Pool> = Vec::new();
     for layers in routing.classes() {
         let shape = routing.shape(&layers, k);
-        pools.push(Pool {
-            layers,
-            shape,
-            policy: policy::build(kind, shape),
-            slots: vec![None; shape.n_slots as usize],
-            hot: vec![false; shape.n_keys()],
-            copying: Vec::new(),
-            uses_since_plan: 0,
-        });
-    }
-    for p in &mut pools {
         // as the run does: with room for all, all are there from the start
-        let keys = policy::all_keys(p.layers.iter().map(|l| routing.header.layers[*l].n_expert.into()));
-        if keys.len() <= p.slots.len() {
-            for (slot, key) in p.slots.iter_mut().zip(keys) {
+        let keys = policy::all_keys(layers.iter().map(|l| routing.header.layers[*l].n_expert.into()));
+        let mut residence = Residence::new(shape, layers, bytes);
+        let mut slots = vec![None; shape.n_slots as usize];
+        if keys.len() <= slots.len() {
+            for (slot, key) in slots.iter_mut().zip(keys) {
                 *slot = Some(key);
-                p.hot[p.shape.index(key)] = true;
+                residence.set(key, true);
             }
         }
+        pools.push(Pool {
+            residence,
+            policy: make(shape),
+            slots,
+            copying: Vec::new(),
+            uses_since_plan: 0,
+            gathered: Vec::new(),
+        });
     }
-    let mut out = Outcome { tokens: routing.n_tokens(), ..Outcome::default() };
+    let mut out = Outcome::of(routing, bytes.is_some());
     let mut since_plan = 0;
-    let (mut ids, mut swaps) = (Vec::new(), Vec::new());
+    let mut swaps = Vec::new();
     for (at, step) in routing.steps.iter().enumerate() {
         let planning = since_plan >= interval;
         for (class, p) in pools.iter_mut().enumerate() {
             // boundary: what was copied during the last ubatch is there
-            for key in p.copying.drain(..) {
-                if p.slots.contains(&Some(key)) {
-                    p.hot[p.shape.index(key)] = true;
+            for s in p.copying.drain(..) {
+                if p.slots[s.slot as usize] == Some(s.admit) {
+                    p.residence.set(s.admit, true);
                     out.uploads += 1;
+                    out.read(p.residence.bytes_of(s.admit.layer));
                 }
             }
             if planning {
@@ -188,24 +333,38 @@ pub fn replay(
                 for s in &swaps {
                     plan(at, class as u16, s);
                     if let Some(old) = s.evict {
-                        p.hot[p.shape.index(old)] = false;
+                        p.residence.set(old, false);
                     }
                     p.slots[s.slot as usize] = Some(s.admit);
-                    p.copying.push(s.admit);
+                    p.copying.push(*s);
                 }
             }
-            ids.clear();
-            for (i, layer) in p.layers.iter().enumerate() {
-                for &expert in &step.ids[*layer] {
-                    let hot = p.hot[p.shape.index(Key { layer: i as u16, expert })];
-                    *(if hot { &mut out.hits } else { &mut out.misses }) += 1;
-                }
-                p.uses_since_plan += step.ids[*layer].len() as u64;
-                ids.push(step.ids[*layer].clone());
-            }
-            p.policy.observe(Routed { n_tokens: step.n_tokens, sequences: &[], ids: &ids });
+            p.uses_since_plan += p.residence.count(at, step, &mut out);
+            p.observe(step);
         }
         since_plan = if planning { step.n_tokens } else { since_plan + step.n_tokens };
+    }
+    out
+}
+
+/// The best set that never changes, chosen in hindsight: the experts that the whole trace uses most have
+/// the class's slots from the start, and nothing is copied. What a profile of this very text would do. Has
+/// its experts before their first use, so on a short trace it can be ahead of the optimum.
+pub fn hindsight(routing: &Routing, k: u32) -> Outcome {
+    let bytes = routing.expert_bytes();
+    let mut out = Outcome::of(routing, bytes.is_some());
+    let counts = routing.counts();
+    for layers in routing.classes() {
+        let shape = routing.shape(&layers, k);
+        let mut keys = policy::all_keys(layers.iter().map(|l| counts[*l].len()));
+        keys.sort_by_key(|key| {
+            std::cmp::Reverse(counts[layers[usize::from(key.layer)]][usize::from(key.expert)])
+        });
+        let mut residence = Residence::new(shape, layers, bytes.as_deref());
+        keys.iter().take(shape.n_slots as usize).for_each(|key| residence.set(*key, true));
+        for (at, step) in routing.steps.iter().enumerate() {
+            residence.count(at, step, &mut out);
+        }
     }
     out
 }
@@ -220,54 +379,93 @@ pub enum Scope {
 }
 
 /// Belady's optimum with bypass: knows the future, copies for free and at once. An expert used several
-/// times in one ubatch of a layer is read once.
+/// times in one ubatch of a layer is read once. Its bytes are those of the cold experts alone.
 pub fn optimum(routing: &Routing, k: u32, scope: Scope) -> Outcome {
-    let mut out = Outcome { tokens: routing.n_tokens(), ..Outcome::default() };
+    let bytes = routing.expert_bytes();
+    let mut out = Outcome::of(routing, bytes.is_some());
     for class in routing.classes() {
         match scope {
-            Scope::Pool => optimum_of(routing, &class, k, &mut out),
-            Scope::Layer => class.iter().for_each(|l| optimum_of(routing, &[*l], k, &mut out)),
+            Scope::Pool => optimum_of(routing, &class, k, bytes.as_deref(), &mut out),
+            Scope::Layer => {
+                class.iter().for_each(|l| optimum_of(routing, &[*l], k, bytes.as_deref(), &mut out));
+            }
         }
     }
     out
 }
 
-fn optimum_of(routing: &Routing, layers: &[usize], k: u32, out: &mut Outcome) {
+/// Uses of an expert in one ubatch.
+struct Use {
+    /// By [`PoolShape::index`].
+    key: u32,
+    n: u16,
+    /// The first of its ubatch and layer.
+    first: bool,
+}
+
+/// No later use.
+const NEVER: u32 = u32::MAX;
+
+fn optimum_of(routing: &Routing, layers: &[usize], k: u32, bytes: Option<&[u64]>, out: &mut Outcome) {
     let shape = routing.shape(layers, k);
-    let mut uses: Vec<(u32, u32)> = Vec::new(); // expert, uses in that ubatch
+    let n_uses = routing.steps.iter().map(|s| layers.iter().map(|l| s.ids[*l].len()).sum::<usize>()).sum();
+    let mut uses: Vec<Use> = Vec::with_capacity(n_uses);
+    let mut ids = Vec::new();
     for step in &routing.steps {
         for (i, layer) in layers.iter().enumerate() {
-            let mut ids = step.ids[*layer].clone();
+            ids.clone_from(&step.ids[*layer]);
             ids.sort_unstable();
-            for run in ids.chunk_by(|a, b| a == b) {
-                uses.push((shape.index(Key { layer: i as u16, expert: run[0] }) as u32, run.len() as u32));
+            for (j, run) in ids.chunk_by(|a, b| a == b).enumerate() {
+                let key = shape.index(Key { layer: i as u16, expert: run[0] }) as u32;
+                uses.push(Use { key, n: run.len() as u16, first: j == 0 });
             }
         }
     }
-    let mut next = vec![usize::MAX; uses.len()];
-    let mut seen = HashMap::new();
-    for (i, (key, _)) in uses.iter().enumerate().rev() {
-        next[i] = seen.insert(*key, i).unwrap_or(usize::MAX);
+    // the position of the next use of the same expert
+    let mut next = vec![NEVER; uses.len()];
+    let mut seen = vec![NEVER; shape.n_keys()];
+    for (i, u) in uses.iter().enumerate().rev() {
+        next[i] = std::mem::replace(&mut seen[u.key as usize], i as u32);
     }
-    // residents by their next use
-    let mut residents: BTreeSet<(usize, u32)> = BTreeSet::new();
-    for (i, &(key, n)) in uses.iter().enumerate() {
-        if residents.remove(&(i, key)) {
-            out.hits += u64::from(n);
+    // Residents by their next use, the latest on top. One that is used goes on with a later entry; the old
+    // one stays below all that live, as its time has passed, until they are sorted out.
+    let n_slots = shape.n_slots as usize;
+    let mut by_next: BinaryHeap<(u32, u32)> = BinaryHeap::with_capacity(2 * n_slots + 64);
+    let mut resident = vec![false; shape.n_keys()];
+    let mut n_resident = 0;
+    let mut layer_is_cold = false;
+    for (i, (u, next)) in uses.iter().zip(next).enumerate() {
+        let key = u.key as usize;
+        layer_is_cold &= !u.first;
+        let hit = resident[key];
+        if hit {
+            out.hits += u64::from(u.n);
         } else {
-            out.misses += u64::from(n);
-            if next[i] == usize::MAX {
-                continue;
-            }
+            out.misses += u64::from(u.n);
+            out.cold += 1;
+            out.cold_layers += u64::from(!std::mem::replace(&mut layer_is_cold, true));
+            out.read(bytes.map(|b| b[layers[usize::from(shape.key(key).layer)]]));
+        }
+        if next == NEVER {
+            n_resident -= usize::from(std::mem::take(&mut resident[key]));
+            continue;
+        }
+        if !hit {
+            resident[key] = true;
+            n_resident += 1;
             out.uploads += 1;
         }
-        residents.insert((next[i], key));
-        if residents.len() > shape.n_slots as usize {
-            let last = residents.pop_last();
+        by_next.push((next, u.key));
+        if n_resident > n_slots
+            && let Some((_, last)) = by_next.pop()
+        {
+            resident[last as usize] = false;
+            n_resident -= 1;
             // bypass: what was just read is not kept, so it was not uploaded
-            if last == Some((next[i], key)) {
-                out.uploads -= 1;
-            }
+            out.uploads -= u64::from(last == u.key);
+        }
+        if by_next.len() > 2 * n_slots + 63 {
+            by_next.retain(|(next, _)| *next > i as u32);
         }
     }
 }
@@ -300,14 +498,34 @@ mod tests {
         let o = replay(&r, PolicyKind::Lru, 1, 1, |at, _, s| planned.push((at, *s)));
         // seen in step 0, planned before step 1, copied during it, hot from step 2
         assert_eq!(planned, [(1, Swap { slot: 0, evict: None, admit: Key { layer: 0, expert: 1 } })]);
-        assert_eq!(o, Outcome { tokens: 4, hits: 2, misses: 2, uploads: 1 });
+        let expected = Outcome {
+            steps: 4,
+            tokens: 4,
+            hits: 2,
+            misses: 2,
+            cold: 2,
+            cold_layers: 2,
+            uploads: 1,
+            bytes: None,
+        };
+        assert_eq!(o, expected);
     }
 
     #[test]
     fn the_optimum_bypasses_what_is_not_used_again() {
         let steps = [1, 2, 1, 3, 1].map(|e| vec![vec![e]]).to_vec();
         let o = optimum(&routing(1, 4, steps), 1, Scope::Pool);
-        assert_eq!(o, Outcome { tokens: 5, hits: 2, misses: 3, uploads: 1 });
+        let expected = Outcome {
+            steps: 5,
+            tokens: 5,
+            hits: 2,
+            misses: 3,
+            cold: 3,
+            cold_layers: 3,
+            uploads: 1,
+            bytes: None,
+        };
+        assert_eq!(o, expected);
     }
 
     #[test]
@@ -318,7 +536,140 @@ mod tests {
         assert!(optimum(&r, 1, Scope::Pool).hits >= optimum(&r, 1, Scope::Layer).hits);
     }
 
+    /// Two classes whose layers take turns, so that none lies side by side.
+    fn interleaved(steps: Vec<Vec<Vec<u16>>>) -> Routing {
+        let mut r = routing(4, 8, steps);
+        r.header.layers.iter_mut().enumerate().for_each(|(l, layer)| layer.class = l as u16 % 2);
+        r
+    }
+
+    /// Hands on what it is told, and plans nothing.
+    struct Listener(std::sync::mpsc::Sender<Vec<Vec<u16>>>);
+
+    impl Policy for Listener {
+        fn name(&self) -> &'static str {
+            "listener"
+        }
+
+        fn observe(&mut self, routed: Routed<'_>) {
+            self.0.send(routed.ids.to_vec()).unwrap();
+        }
+
+        fn observe_prompt(&mut self, _routed: Routed<'_>) {}
+
+        fn plan(&mut self, _slots: &[Option<Key>], _limits: Limits, _out: &mut Vec<Swap>) {}
+    }
+
+    #[test]
+    fn a_policy_hears_of_the_layers_of_its_class_wherever_they_lie() {
+        let (tx, rx) = std::sync::mpsc::channel();
+        let r = interleaved(vec![
+            vec![vec![1], vec![2], vec![3], vec![4]],
+            vec![vec![5], vec![6], vec![7], vec![0]],
+        ]);
+        replay_with(&r, &|_| Box::new(Listener(tx.clone())), 1, 1, |_, _, _| {});
+        let heard: Vec<_> = rx.try_iter().collect();
+        assert_eq!(
+            heard,
+            [[[1], [3]], [[2], [4]], [[5], [7]], [[6], [0]]].map(|c| c.map(|l| l.to_vec()).to_vec())
+        );
+    }
+
+    #[test]
+    fn bytes_are_those_of_each_layers_cold_experts_and_uploads() {
+        // layer 0 uses one expert again and again, layer 1 always another; both tokens of a step the same
+        let mut r = routing(2, 4, (0..4).map(|i| vec![vec![1, 1], vec![i, i]]).collect());
+        r.steps.iter_mut().for_each(|s| s.n_tokens = 2);
+        let lru = |shape| policy::build(PolicyKind::Lru, shape);
+        r.header.uses_per_upload = 1;
+        let o = replay_bytes(&r, &lru, 2, 1, Some(&[10, 1000]), |_, _, _| {});
+        // cold in steps 0 and 1, then hot; and all of layer 1
+        assert_eq!((o.misses, o.cold, o.cold_layers), (4 + 8, 2 + 4, 2 + 4));
+        // expert 1 of layer 0, experts 0 and 1 of layer 1 before the last step
+        assert_eq!((o.uploads, o.bytes), (3, Some(2 * 10 + 4 * 1000 + 10 + 2 * 1000)));
+        let mut sum = o;
+        sum += o;
+        assert_eq!((sum.steps, sum.tokens, sum.bytes), (8, 16, Some(2 * 6030)));
+        sum += Outcome::default();
+        assert_eq!(sum.bytes, None);
+    }
+
+    #[test]
+    fn hindsight_is_the_best_of_all_fixed_sets() {
+        let steps = (0..40).map(|i| vec![vec![i % 3, 3], vec![i * i % 4, (i * i + 1) % 4]]).collect();
+        let r = routing(2, 4, steps);
+        let counts: Vec<u64> = r.counts().concat();
+        let uses: u64 = counts.iter().sum();
+        for k in 1..4 {
+            let best = (0..1u32 << 8)
+                .filter(|set| set.count_ones() == 2 * k)
+                .map(|set| (0..8).filter(|e| set >> e & 1 == 1).map(|e| counts[e]).sum::<u64>())
+                .max();
+            let o = hindsight(&r, k);
+            assert_eq!((Some(o.hits), o.hits + o.misses, o.uploads), (best, uses, 0));
+            assert_eq!(o.hits_per_upload(), None);
+        }
+        assert_eq!(hindsight(&r, 4).misses, 0);
+    }
+
+    /// The optimum as first written: plain sets and maps.
+    fn plain_optimum(routing: &Routing, layers: &[usize], k: u32) -> (u64, u64, u64) {
+        use std::collections::{BTreeSet, HashMap};
+        let shape = routing.shape(layers, k);
+        let mut uses: Vec<(u32, u64)> = Vec::new();
+        for step in &routing.steps {
+            for (i, layer) in layers.iter().enumerate() {
+                let mut ids = step.ids[*layer].clone();
+                ids.sort_unstable();
+                for run in ids.chunk_by(|a, b| a == b) {
+                    uses.push((
+                        shape.index(Key { layer: i as u16, expert: run[0] }) as u32,
+                        run.len() as u64,
+                    ));
+                }
+            }
+        }
+        let mut next = vec![usize::MAX; uses.len()];
+        let mut seen = HashMap::new();
+        for (i, (key, _)) in uses.iter().enumerate().rev() {
+            next[i] = seen.insert(*key, i).unwrap_or(usize::MAX);
+        }
+        let (mut hits, mut misses, mut uploads) = (0, 0, 0);
+        let mut residents: BTreeSet<(usize, u32)> = BTreeSet::new();
+        for (i, &(key, n)) in uses.iter().enumerate() {
+            if residents.remove(&(i, key)) {
+                hits += n;
+            } else {
+                misses += n;
+                if next[i] == usize::MAX {
+                    continue;
+                }
+                uploads += 1;
+            }
+            residents.insert((next[i], key));
+            if residents.len() > shape.n_slots as usize && residents.pop_last() == Some((next[i], key)) {
+                uploads -= 1;
+            }
+        }
+        (hits, misses, uploads)
+    }
+
     proptest! {
+        #[test]
+        fn the_optimum_is_what_plain_sets_say(
+            k in 1..5u32,
+            steps in prop::collection::vec(prop::collection::vec(prop::collection::vec(0..8u16, 1..5), 4), 1..200),
+        ) {
+            let r = interleaved(steps);
+            let of = |l: &[usize]| plain_optimum(&r, l, k);
+            let sum = |all: Vec<(u64, u64, u64)>| {
+                all.into_iter().fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2))
+            };
+            let counted = |o: Outcome| (o.hits, o.misses, o.uploads);
+            prop_assert_eq!(counted(optimum(&r, k, Scope::Pool)), sum(vec![of(&[0, 2]), of(&[1, 3])]));
+            prop_assert_eq!(counted(optimum(&r, k, Scope::Layer)), sum((0..4).map(|l| of(&[l])).collect()));
+        }
+
         #[test]
         fn no_policy_beats_the_optimum(
             kind in prop::sample::select(PolicyKind::all().collect::<Vec<_>>()),
@@ -332,6 +683,10 @@ mod tests {
             let best = optimum(&r, k, Scope::Pool);
             prop_assert!(o.hits <= best.hits, "{o:?} against {best:?}");
             prop_assert!(optimum(&r, k, Scope::Layer).hits <= best.hits);
+            // which has the experts before their first use, and the optimum does not
+            prop_assert!(hindsight(&r, k).hits <= best.hits + 2 * u64::from(k));
+            // one token a step: each use is of another expert
+            prop_assert!(o.cold == o.misses && o.cold_layers <= o.cold && o.cold <= 8 * o.cold_layers);
             prop_assert_eq!(o.hits + o.misses, best.hits + best.misses);
         }
     }

@@ -1,0 +1,71 @@
+//! The `moe-hot` command: what recorded routing (`--moe-hot-trace` of the patched tools) and this machine
+//! say about policies and budgets. One file a command.
+
+mod parallel;
+mod probe;
+mod replay;
+mod table;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+use moe_hot::{heatmap, policy::PolicyKind, replay::Routing, trace::TraceReader};
+
+/// Expert caching for llama.cpp: what recorded routing says about policies and budgets.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run policies over recorded routing, with the optimum and the best fixed set beside them.
+    Replay(replay::Args),
+    /// Measure what cold experts and uploads cost on this machine, for replay --cost.
+    Probe(probe::Args),
+    /// Draw which experts were used, as a PNG.
+    Heatmap {
+        /// A routing trace.
+        trace: PathBuf,
+        /// The picture.
+        #[arg(short, long)]
+        output: PathBuf,
+        /// Its title.
+        #[arg(long, default_value = "experts used")]
+        title: String,
+    },
+}
+
+fn policy(name: &str) -> Result<PolicyKind, String> {
+    name.parse().map_err(|()| format!("expected one of {}", PolicyKind::names()))
+}
+
+fn read(path: &Path) -> Result<Routing, String> {
+    TraceReader::open(path).and_then(Routing::read).map_err(|e| e.to_string())
+}
+
+fn run(command: Command) -> Result<(), String> {
+    match command {
+        Command::Replay(args) => replay::run(&args),
+        Command::Probe(args) => probe::run(&args),
+        Command::Heatmap { trace, output, title } => {
+            let r = read(&trace)?;
+            heatmap::draw(&output, &title, &r.header.layers, &r.counts(), r.n_tokens())
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("moe-hot: error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
