@@ -8,7 +8,9 @@ use plotters::{
     style::{FontStyle, register_font},
 };
 
-const SIZE: (u32, u32) = (960, 560);
+const SIZE: (u32, u32) = (1040, 560);
+/// Width of the names at the right, where no line runs.
+const LEGEND: u32 = 180;
 const INK: RGBColor = RGBColor(40, 40, 40);
 /// Colours that also differ for the colour-blind (Okabe and Ito, 2008), without black.
 const COLOURS: [RGBColor; 7] = [
@@ -83,12 +85,12 @@ fn lines_into<B: DrawingBackend>(
     area.fill(&WHITE)?;
     let text = |size: i32| ("sans-serif", size).into_font().color(&INK);
     let points = || lines.iter().flat_map(|l| &l.points);
-    let mut chart = ChartBuilder::on(area)
+    let (left, legend) = area.split_horizontally(SIZE.0 - LEGEND);
+    let mut chart = ChartBuilder::on(&left)
         .margin(16)
         .caption(title, text(16))
         .x_label_area_size(44)
         .y_label_area_size(60)
-        .right_y_label_area_size(0)
         .build_cartesian_2d(range(points().map(|p| 100.0 * p.0)), range(points().map(|p| p.1)))?;
     chart
         .configure_mesh()
@@ -101,29 +103,23 @@ fn lines_into<B: DrawingBackend>(
         .y_desc(value)
         .x_label_formatter(&|x| format!("{x:.0}%"))
         .draw()?;
-    let mut colours = COLOURS.iter().cycle();
-    for line in lines {
-        let style = match (line.bound, colours.clone().next()) {
-            (false, Some(c)) => {
-                colours.next();
-                c.stroke_width(2)
-            }
-            _ => INK.stroke_width(2),
+    let mut n_coloured = 0;
+    for (row, line) in lines.iter().enumerate() {
+        let style = if line.bound {
+            INK.stroke_width(2)
+        } else {
+            n_coloured += 1;
+            // a colour that comes again is thin
+            let again = n_coloured > COLOURS.len();
+            COLOURS[(n_coloured - 1) % COLOURS.len()].stroke_width(if again { 1 } else { 2 })
         };
         let at = || line.points.iter().map(|p| (100.0 * p.0, p.1)).filter(|p| p.1.is_finite());
-        chart
-            .draw_series(LineSeries::new(at(), style))?
-            .label(&line.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
+        chart.draw_series(LineSeries::new(at(), style))?;
         chart.draw_series(at().map(|p| Circle::new(p, 3, style.filled())))?;
+        let y = 48 + 20 * row as i32;
+        legend.draw(&PathElement::new([(0, y), (20, y)], style))?;
+        legend.draw(&Text::new(line.name.clone(), (28, y - 6), text(12)))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .background_style(WHITE.mix(0.85))
-        .border_style(RGBColor(225, 225, 225))
-        .label_font(text(12))
-        .draw()?;
     area.present()
 }
 

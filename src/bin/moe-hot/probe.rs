@@ -313,7 +313,7 @@ pub fn run(args: &Args) -> Result<(), String> {
     table::print(&rows, 1, false)?;
     println!("largest error {:.1}%", 100.0 * largest);
     for (name, us) in NAMES.iter().zip(cost.constants()) {
-        let note = if us == 0.0 { "  (these runs do not tell it from the others)" } else { "" };
+        let note = if us == 0.0 { "  (no cost of its own shows in these runs)" } else { "" };
         println!("{name:<9} {us:>12.3}{note}");
     }
     if let Some(path) = &args.output {
