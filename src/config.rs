@@ -320,7 +320,7 @@ mod tests {
             ("moe-hot-rebalance-interval", "1048577", interval),
             ("moe-hot-rebalance-interval", "often", interval),
             ("moe-hot-pp-bypass", "0", "auto or a number of tokens, 1 or more"),
-            ("moe-hot-policy", "fifo", "one of predict, decay, lru, lfu, static, lfru, s3fifo"),
+            ("moe-hot-policy", "fifo", "one of decay, lru, lfu, static, lfru, s3fifo, predict"),
             ("moe-hot-threads", "-1", "auto or a number of threads from 0 to 512"),
             ("moe-hot-threads", "513", "auto or a number of threads from 0 to 512"),
             ("moe-hot-link", "on", "auto or off"),

@@ -138,10 +138,8 @@ pub trait Policy: Send {
 /// Which policy.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum PolicyKind {
-    /// Online linear prediction of uses.
-    #[default]
-    Predict,
     /// Decayed frequency with an admission gate and a margin.
+    #[default]
     Decay,
     /// The experts used last; admits every miss.
     Lru,
@@ -153,19 +151,21 @@ pub enum PolicyKind {
     Lfru,
     /// Queues: a small one to prove oneself in, a main one, and the names of who passed by.
     S3Fifo,
+    /// Online linear prediction of uses.
+    Predict,
 }
 
 type Make = fn(PoolShape) -> Box<dyn Policy>;
 
 /// Name and constructor of every policy.
 const POLICIES: [(PolicyKind, &str, Make); 7] = [
-    (PolicyKind::Predict, "predict", |s| Box::new(predict::Predict::new(s, PredictConfig::default()))),
     (PolicyKind::Decay, "decay", |s| Box::new(decay::Decay::new(s, DecayConfig::default()))),
     (PolicyKind::Lru, "lru", |s| Box::new(lru::Lru::new(s))),
     (PolicyKind::Lfu, "lfu", |s| Box::new(lfu::Lfu::new(s))),
     (PolicyKind::Static, "static", |s| Box::new(fixed::Fixed::new(s))),
     (PolicyKind::Lfru, "lfru", |s| Box::new(lfru::Lfru::new(s))),
     (PolicyKind::S3Fifo, "s3fifo", |s| Box::new(s3fifo::S3Fifo::new(s))),
+    (PolicyKind::Predict, "predict", |s| Box::new(predict::Predict::new(s, PredictConfig::default()))),
 ];
 
 impl PolicyKind {

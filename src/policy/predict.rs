@@ -1,4 +1,4 @@
-//! Online linear prediction: the default.
+//! Online linear prediction.
 //!
 //! A slot is worth the uses that its expert will have soon. This policy predicts them: the discounted
 //! uses of each expert over the next tokens are a linear function of what was routed lately, and the
@@ -155,8 +155,42 @@ fn decay(half_life: f32) -> f32 {
     (-1.0 / half_life).exp2()
 }
 
+/// Runs `f` compiled for AVX2 where the CPU has it. Lanes are independent and nothing is fused, so the
+/// result is the same.
+#[inline]
+fn wide(f: impl FnOnce()) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2(f: impl FnOnce()) {
+            f();
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the CPU has it.
+            return unsafe { avx2(f) };
+        }
+    }
+    f();
+}
+
 /// `out[e] += sum over i of z[i] * matrix[i][e]`, in that order.
 fn add_product(out: &mut [f32], matrix: &[f32], z: &[f32]) {
+    wide(
+        #[inline(always)]
+        || add_product_lanes(out, matrix, z),
+    );
+}
+
+/// `matrix[i][e] += gain[i] * error[e]`.
+fn add_outer(matrix: &mut [f32], gain: &[f64], error: &[f32]) {
+    wide(
+        #[inline(always)]
+        || add_outer_lanes(matrix, gain, error),
+    );
+}
+
+#[inline(always)]
+fn add_product_lanes(out: &mut [f32], matrix: &[f32], z: &[f32]) {
     const BLOCK: usize = 1024; // of `out` that stays in the first cache
     let n = out.len();
     for (b, out) in out.chunks_mut(BLOCK).enumerate() {
@@ -169,8 +203,8 @@ fn add_product(out: &mut [f32], matrix: &[f32], z: &[f32]) {
     }
 }
 
-/// `matrix[i][e] += gain[i] * error[e]`.
-fn add_outer(matrix: &mut [f32], gain: &[f64], error: &[f32]) {
+#[inline(always)]
+fn add_outer_lanes(matrix: &mut [f32], gain: &[f64], error: &[f32]) {
     for (row, g) in matrix.chunks_exact_mut(error.len()).zip(gain) {
         let g = *g as f32;
         for (m, e) in row.iter_mut().zip(error) {

@@ -59,7 +59,7 @@ fn names_go_back_and_forth() {
         assert_eq!(build(kind, shape(1, 4, 2)).name(), kind.to_string());
     }
     assert_eq!("fifo".parse::<PolicyKind>(), Err(()));
-    assert_eq!(PolicyKind::names(), "predict, decay, lru, lfu, static, lfru, s3fifo");
+    assert_eq!(PolicyKind::names(), "decay, lru, lfu, static, lfru, s3fifo, predict");
 }
 
 #[test]

@@ -30,6 +30,10 @@ pub struct Args {
     /// Policies [default: all].
     #[arg(long, value_delimiter = ',', value_parser = policy)]
     policy: Vec<PolicyKind>,
+    /// Uses of experts for each one that a plan may upload [default: as in the recorded run, which is 8 with
+    /// slots in VRAM and 64 in host memory].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    uses_per_upload: Option<u32>,
     /// What steps cost on a machine, by moe-hot probe: predicts tokens a second.
     #[arg(long, value_name = "FILE")]
     cost: Option<PathBuf>,
@@ -221,7 +225,11 @@ pub fn run(args: &Args) -> Result<(), String> {
     };
     let names = names(&args.traces);
     let traces = parallel::map(names.len(), |i| {
-        read(&args.traces[i]).map(|routing| Trace { name: names[i].clone(), routing })
+        read(&args.traces[i]).map(|mut routing| {
+            let header = &mut routing.header;
+            header.uses_per_upload = args.uses_per_upload.unwrap_or(header.uses_per_upload);
+            Trace { name: names[i].clone(), routing }
+        })
     });
     let traces: Vec<Trace> = traces.into_iter().collect::<Result<_, _>>()?;
     if let (Some(cost), Some(path)) = (&cost, &args.cost) {

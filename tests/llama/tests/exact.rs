@@ -9,7 +9,7 @@ use llama_tests::{
     schedule::Schedule,
 };
 
-const POLICIES: [&str; 4] = ["decay", "lru", "lfu", "static"];
+const POLICIES: [&str; 7] = ["decay", "lru", "lfu", "static", "lfru", "s3fifo", "predict"];
 
 fn llama() -> Exclusive {
     let llama = Llama::get();

@@ -231,7 +231,12 @@ const REFUSED: [(&str, &str, &str, &str); 10] = [
         "0",
         "a number of tokens from 1 to 1048576",
     ),
-    ("moe-hot-policy", "LLAMA_ARG_MOE_HOT_POLICY", "fifo", "one of predict, decay, lru, lfu, static, lfru, s3fifo"),
+    (
+        "moe-hot-policy",
+        "LLAMA_ARG_MOE_HOT_POLICY",
+        "fifo",
+        "one of decay, lru, lfu, static, lfru, s3fifo, predict",
+    ),
     ("moe-hot-threads", "LLAMA_ARG_MOE_HOT_THREADS", "-1", "auto or a number of threads from 0 to 512"),
     ("moe-hot-threads", "LLAMA_ARG_MOE_HOT_THREADS", "513", "auto or a number of threads from 0 to 512"),
     ("moe-hot-pp-bypass", "LLAMA_MOE_HOT_PP_BYPASS_N_TOKENS", "0", "auto or a number of tokens, 1 or more"),

@@ -17,6 +17,9 @@ fn a_recorded_run_replays_swap_by_swap() {
         (PolicyKind::Decay, 24, 1),
         (PolicyKind::Lru, 8, 16),
         (PolicyKind::Lfu, 16, 5),
+        (PolicyKind::Lfru, 16, 4),
+        (PolicyKind::S3Fifo, 16, 4),
+        (PolicyKind::Predict, 16, 2),
     ] {
         let path = dir.path().join(format!("{kind}-{k}.trace"));
         let out = Command::new(paths::tool("llama-bench"))
