@@ -154,7 +154,7 @@ fn nodes(c: &mut Criterion, ggml: &Ggml) {
         unsafe {
             ffi::moe_hot_context_create(data.as_ptr().cast(), &raw mut ctx);
             ffi::moe_hot_offer(ctx, &raw const layer);
-            ffi::moe_hot_activate(ctx, 1, &raw mut active);
+            ffi::moe_hot_activate(ctx, 1, c"bench".as_ptr(), &raw mut active);
             assert!(active);
             let op = ffi::moe_hot_op_data(ctx, 0);
             let mut cur = [0.5f32; SMALL];
@@ -170,7 +170,7 @@ fn nodes(c: &mut Criterion, ggml: &Ggml) {
             t_out.src[1] = &raw mut t_slots;
             let mut hot = false;
             let mut token = || {
-                ffi::moe_hot_step_begin(ctx, 1, &raw mut hot);
+                ffi::moe_hot_step_begin(ctx, 1, std::ptr::null(), &raw mut hot);
                 ffi::moe_hot_dispatch(&raw mut t_slots, 0, 1, op);
                 ffi::moe_hot_join(&raw mut t_out, 0, 1, op);
                 ffi::moe_hot_step_end(ctx);

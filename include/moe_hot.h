@@ -200,6 +200,16 @@ void moe_hot_model_free(const void *model);
 // `layer` is null or describes weights that outlive the pool.
 enum moe_hot_status moe_hot_offer(struct moe_hot_context *ctx, const struct moe_hot_layer *layer);
 
+// The router of layer `il`, whether the layer takes the hot path or not: `bytes` bytes at `weights`, as in the model
+// file. The routers of all MoE layers tell models apart.
+//
+// # Safety
+// `ctx` is null or from `moe_hot_context_create`; `weights` is null or has that many bytes.
+enum moe_hot_status moe_hot_router(struct moe_hot_context *ctx,
+                                   int32_t il,
+                                   const void *weights,
+                                   size_t bytes);
+
 // Notes that layer `il` takes the stock graph, and why.
 //
 // # Safety
@@ -207,12 +217,15 @@ enum moe_hot_status moe_hot_offer(struct moe_hot_context *ctx, const struct moe_
 enum moe_hot_status moe_hot_skip(struct moe_hot_context *ctx, int32_t il, const char *reason);
 
 // Makes the pool from the layers that were offered, or joins the one there is, and logs what was
-// requested and what is active. `n_threads`: ggml's CPU threads in this context. `active`: whether
-// this context has slots.
+// requested and what is active. `n_threads`: ggml's CPU threads in this context. `name`: what people call the model.
+// `active`: whether this context has slots.
 //
 // # Safety
-// `active` is null or valid for a write.
-enum moe_hot_status moe_hot_activate(struct moe_hot_context *ctx, int32_t n_threads, bool *active);
+// `name` is a zero-terminated string; `active` is null or valid for a write.
+enum moe_hot_status moe_hot_activate(struct moe_hot_context *ctx,
+                                     int32_t n_threads,
+                                     const char *name,
+                                     bool *active);
 
 // Index of the hot layer with these down weights, or -1.
 //
@@ -241,13 +254,33 @@ enum moe_hot_status moe_hot_get_slots(const struct moe_hot_context *ctx,
 // `ctx` is null or from `moe_hot_context_create`.
 void *moe_hot_op_data(const struct moe_hot_context *ctx, int32_t layer);
 
-// A ubatch of `n_tokens` tokens is about to be computed: swaps that are ready become visible, and the
-// next are planned when their time has come. `hot`: whether it may use slots, and must be ended.
-// MOE_HOT_FAILED: it must not be computed.
+// A ubatch of `n_tokens` tokens is about to be computed, each of the sequence in `sequences` or, where that is null,
+// all of sequence 0: swaps that are ready become visible, and the next are planned when their time has come.
+// `hot`: whether it may use slots; then it must be ended. MOE_HOT_FAILED: it must not be computed.
 //
 // # Safety
-// `ctx` is null or from `moe_hot_context_create`; `hot` is null or valid for a write.
-enum moe_hot_status moe_hot_step_begin(struct moe_hot_context *ctx, uint32_t n_tokens, bool *hot);
+// `ctx` is null or from `moe_hot_context_create`; `sequences` is null or has `n_tokens` elements; `hot` is null or valid
+// for a write.
+enum moe_hot_status moe_hot_step_begin(struct moe_hot_context *ctx,
+                                       uint32_t n_tokens,
+                                       const int32_t *sequences,
+                                       bool *hot);
+
+// The graph of the ubatch has been launched: the policies work while the device computes.
+//
+// # Safety
+// `ctx` is null or from `moe_hot_context_create`.
+enum moe_hot_status moe_hot_step_work(struct moe_hot_context *ctx);
+
+// What hot layer `layer` routed in a ubatch that did not use slots, a prompt: the `n` expert ids in `ids`, the tokens
+// one after the other. Once for each layer before `moe_hot_step_end`. Tells the policy what to start from.
+//
+// # Safety
+// `ctx` is null or from `moe_hot_context_create`; `ids` is null or has `n` elements.
+enum moe_hot_status moe_hot_prompt_routed(struct moe_hot_context *ctx,
+                                          int32_t layer,
+                                          const int32_t *ids,
+                                          size_t n);
 
 // The ubatch has been computed, all its nodes included and its device idle. MOE_HOT_FAILED: its output must not be used.
 //

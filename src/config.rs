@@ -60,6 +60,10 @@ pub struct Config {
     pub policy: PolicyKind,
     /// Cold-engine workers; `None`: a core each that ggml leaves.
     pub threads: Option<u32>,
+    /// Whose experts the slots begin with.
+    pub profile: Option<PathBuf>,
+    /// Where the experts that were used are kept.
+    pub profile_out: Option<PathBuf>,
     /// Where the routing trace goes.
     pub trace: Option<PathBuf>,
 }
@@ -74,6 +78,8 @@ impl Default for Config {
             pp_bypass: None,
             policy: PolicyKind::default(),
             threads: None,
+            profile: None,
+            profile_out: None,
             trace: None,
         }
     }
@@ -93,7 +99,7 @@ struct Opt {
 const MAX_INTERVAL: u32 = 1 << 20;
 const MAX_THREADS: u32 = 512;
 
-const OPTIONS: [Opt; 8] = [
+const OPTIONS: [Opt; 10] = [
     Opt {
         name: "moe-hot-k",
         env: "LLAMA_ARG_MOE_HOT_K",
@@ -181,6 +187,30 @@ const OPTIONS: [Opt; 8] = [
         },
     },
     Opt {
+        name: "moe-hot-profile",
+        env: "LLAMA_ARG_MOE_HOT_PROFILE",
+        parse: |c, v| {
+            if v.is_empty() {
+                return Err("the path of a file that --moe-hot-profile-out wrote".into());
+            }
+            c.profile = Some(v.into());
+            Ok(())
+        },
+        show: |c| show_path(&c.profile),
+    },
+    Opt {
+        name: "moe-hot-profile-out",
+        env: "LLAMA_ARG_MOE_HOT_PROFILE_OUT",
+        parse: |c, v| {
+            if v.is_empty() {
+                return Err("the path of a file to write".into());
+            }
+            c.profile_out = Some(v.into());
+            Ok(())
+        },
+        show: |c| show_path(&c.profile_out),
+    },
+    Opt {
         name: "moe-hot-trace",
         env: "LLAMA_ARG_MOE_HOT_TRACE",
         parse: |c, v| {
@@ -190,9 +220,13 @@ const OPTIONS: [Opt; 8] = [
             c.trace = Some(v.into());
             Ok(())
         },
-        show: |c| c.trace.as_ref().map_or(String::new(), |p| p.display().to_string()),
+        show: |c| show_path(&c.trace),
     },
 ];
+
+fn show_path(path: &Option<PathBuf>) -> String {
+    path.as_ref().map_or(String::new(), |p| p.display().to_string())
+}
 
 fn names() -> String {
     OPTIONS.map(|o| o.name).join(", ")
@@ -325,6 +359,8 @@ mod tests {
             ("moe-hot-threads", "513", "auto or a number of threads from 0 to 512"),
             ("moe-hot-link", "on", "auto or off"),
             ("moe-hot-kernels", "fast", "one of auto, rows, ggml"),
+            ("moe-hot-profile", "", "the path of a file that --moe-hot-profile-out wrote"),
+            ("moe-hot-profile-out", "", "the path of a file to write"),
             ("moe-hot-trace", "", "the path of a file to write"),
         ];
         for (name, value, allowed) in cases {
@@ -370,6 +406,8 @@ mod tests {
             ("moe-hot-threads", "0"),
             ("moe-hot-link", "off"),
             ("moe-hot-kernels", "ggml"),
+            ("moe-hot-profile", "/tmp/p"),
+            ("moe-hot-profile-out", "/tmp/o"),
             ("moe-hot-trace", "/tmp/t"),
         ] {
             o.set(name, Some(value)).unwrap();
@@ -383,6 +421,8 @@ mod tests {
             pp_bypass: Some(4),
             policy: PolicyKind::Lru,
             threads: Some(0),
+            profile: Some("/tmp/p".into()),
+            profile_out: Some("/tmp/o".into()),
             trace: Some("/tmp/t".into()),
         };
         assert_eq!(o.snapshot(no_env).unwrap(), expected);

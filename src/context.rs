@@ -46,6 +46,8 @@ pub struct Context {
     /// Hits a token in layers without nodes.
     uncounted: u64,
     usage: Mutex<StepUsage>,
+    /// What a ubatch on the stock graph routed: the prompt.
+    prompt: Mutex<StepUsage>,
     cold: Mutex<Vec<ColdRow>>,
     counters: Counters,
     /// The model's counters when ours were reset last.
@@ -113,6 +115,7 @@ impl Context {
             port,
             lanes: Mutex::new(Measured { lanes, samples: Vec::new() }),
             uncounted: model.uncounted(),
+            prompt: Mutex::new(usage.clone()),
             usage: Mutex::new(usage),
             cold: Mutex::default(),
             counters: Counters::default(),
@@ -189,23 +192,24 @@ impl Context {
         self.model.max_tokens()
     }
 
-    /// A ubatch of `n_tokens` tokens is about to be computed; whether it takes the hot path, and thus has
-    /// an end.
+    /// A ubatch of `n_tokens` tokens, of one of `sequences` each, is about to be computed; whether it takes the
+    /// hot path.
     ///
     /// # Errors
     /// The device could not be told where experts are: the ubatch must not be computed.
-    pub fn step_begin(&self, n_tokens: u32) -> Result<bool, StepError> {
+    pub fn step_begin(&self, n_tokens: u32, sequences: &[u32]) -> Result<bool, StepError> {
         // a step that was given up ends here
         self.close_step();
         let since = Instant::now();
         let hot = n_tokens <= self.max_tokens();
         let boundary = self.model.step_begin(self.id, hot);
         if !hot {
+            self.prompt.lock().begin(n_tokens, sequences);
             return Ok(false);
         }
         let join_wait_ns = self.counters.join_wait_ns.load(Ordering::Relaxed);
         *self.running.lock() = Some(Running { since, boundary, join_wait_ns });
-        self.usage.lock().n_tokens = n_tokens;
+        self.usage.lock().begin(n_tokens, sequences);
         if let Some(port) = &self.port {
             // the version first: what changes meanwhile is copied with the next step
             let version = self.model.map_version();
@@ -216,11 +220,28 @@ impl Context {
         Ok(true)
     }
 
+    /// The graph of the ubatch has been launched: what need not be done before can be done now.
+    pub fn step_work(&self) {
+        self.model.step_work();
+    }
+
+    /// What a layer has routed in a ubatch on the stock graph: `ids`, the tokens one after the other. Layers that
+    /// are not told about, or ids that are no experts, are left out.
+    pub fn prompt_routed(&self, layer: usize, ids: &[i32]) {
+        let n_expert = self.model.layers()[layer].n_expert;
+        let experts =
+            ids.iter().filter_map(|&id| u16::try_from(id).ok().filter(|id| usize::from(*id) < n_expert));
+        let to = &mut self.prompt.lock().ids[layer];
+        to.clear();
+        to.extend(experts);
+    }
+
     /// The ubatch has been computed, successfully or not, and its device is idle.
     ///
     /// # Errors
     /// The cold engine failed in this step: its output must not be used.
     pub fn step_end(&self) -> Result<(), StepError> {
+        self.close_prompt();
         self.close_step();
         let Some(why) = self.failed.lock().take() else { return Ok(()) };
         if matches!(why, StepError::Engine(_)) {
@@ -238,6 +259,14 @@ impl Context {
             }
         }
         Err(why)
+    }
+
+    fn close_prompt(&self) {
+        let mut prompt = self.prompt.lock();
+        if !prompt.is_empty() {
+            self.model.prompt_end(&prompt);
+        }
+        prompt.clear();
     }
 
     fn close_step(&self) {

@@ -406,6 +406,27 @@ pub unsafe extern "C" fn moe_hot_offer(
     })
 }
 
+/// The router of layer `il`, whether the layer takes the hot path or not: `bytes` bytes at `weights`, as in the model
+/// file. The routers of all MoE layers tell models apart.
+///
+/// # Safety
+/// `ctx` is null or from `moe_hot_context_create`; `weights` is null or has that many bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_router(
+    ctx: *mut moe_hot_context,
+    il: i32,
+    weights: *const c_void,
+    bytes: usize,
+) -> moe_hot_status {
+    guard(|| {
+        let ctx = deref!(ctx, as_ref);
+        let weights = deref!(weights, as_ref);
+        // SAFETY: see above.
+        ctx.model.router(il, unsafe { std::slice::from_raw_parts(ptr::from_ref(weights).cast(), bytes) });
+        MOE_HOT_OK
+    })
+}
+
 /// Notes that layer `il` takes the stock graph, and why.
 ///
 /// # Safety
@@ -424,15 +445,16 @@ pub unsafe extern "C" fn moe_hot_skip(
 }
 
 /// Makes the pool from the layers that were offered, or joins the one there is, and logs what was
-/// requested and what is active. `n_threads`: ggml's CPU threads in this context. `active`: whether
-/// this context has slots.
+/// requested and what is active. `n_threads`: ggml's CPU threads in this context. `name`: what people call the model.
+/// `active`: whether this context has slots.
 ///
 /// # Safety
-/// `active` is null or valid for a write.
+/// `name` is a zero-terminated string; `active` is null or valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_activate(
     ctx: *mut moe_hot_context,
     n_threads: i32,
+    name: *const c_char,
     active: *mut bool,
 ) -> moe_hot_status {
     guard(|| {
@@ -442,7 +464,10 @@ pub unsafe extern "C" fn moe_hot_activate(
         if ctx.context.is_some() {
             return fail(MOE_HOT_STATE, "moe-hot: the context is active already");
         }
-        if !ctx.model.activate(n_threads.max(0) as usize) {
+        let name = deref!(name, as_ref);
+        // SAFETY: not null; the caller gives a zero-terminated string.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        if !ctx.model.activate(n_threads.max(0) as usize, &name) {
             return MOE_HOT_OK;
         }
         let context = match Context::new(registry::next_id(), ctx.model.clone()) {
@@ -537,16 +562,18 @@ pub unsafe extern "C" fn moe_hot_op_data(ctx: *const moe_hot_context, layer: i32
     op.map_or(ptr::null_mut(), |op| ptr::from_ref(op).cast_mut().cast())
 }
 
-/// A ubatch of `n_tokens` tokens is about to be computed: swaps that are ready become visible, and the
-/// next are planned when their time has come. `hot`: whether it may use slots, and must be ended.
-/// MOE_HOT_FAILED: it must not be computed.
+/// A ubatch of `n_tokens` tokens is about to be computed, each of the sequence in `sequences` or, where that is null,
+/// all of sequence 0: swaps that are ready become visible, and the next are planned when their time has come.
+/// `hot`: whether it may use slots; then it must be ended. MOE_HOT_FAILED: it must not be computed.
 ///
 /// # Safety
-/// `ctx` is null or from `moe_hot_context_create`; `hot` is null or valid for a write.
+/// `ctx` is null or from `moe_hot_context_create`; `sequences` is null or has `n_tokens` elements; `hot` is null or valid
+/// for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_step_begin(
     ctx: *mut moe_hot_context,
     n_tokens: u32,
+    sequences: *const i32,
     hot: *mut bool,
 ) -> moe_hot_status {
     guard(|| {
@@ -554,13 +581,57 @@ pub unsafe extern "C" fn moe_hot_step_begin(
         let hot = deref!(hot, as_mut);
         *hot = false;
         let Some(c) = &ctx.context else { return MOE_HOT_OK };
-        match c.step_begin(n_tokens) {
+        let sequences = match sequences.is_null() {
+            true => &[],
+            // SAFETY: see above. An id is not negative, so it has the same value as a u32.
+            false => unsafe { std::slice::from_raw_parts(sequences.cast::<u32>(), n_tokens as usize) },
+        };
+        match c.step_begin(n_tokens, sequences) {
             Ok(h) => {
                 *hot = h;
                 MOE_HOT_OK
             }
             Err(e) => fail(MOE_HOT_FAILED, &format!("moe-hot: {e}")),
         }
+    })
+}
+
+/// The graph of the ubatch has been launched: the policies work while the device computes.
+///
+/// # Safety
+/// `ctx` is null or from `moe_hot_context_create`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_step_work(ctx: *mut moe_hot_context) -> moe_hot_status {
+    guard(|| {
+        if let Some(c) = &deref!(ctx, as_ref).context {
+            c.step_work();
+        }
+        MOE_HOT_OK
+    })
+}
+
+/// What hot layer `layer` routed in a ubatch that did not use slots, a prompt: the `n` expert ids in `ids`, the tokens
+/// one after the other. Once for each layer before `moe_hot_step_end`. Tells the policy what to start from.
+///
+/// # Safety
+/// `ctx` is null or from `moe_hot_context_create`; `ids` is null or has `n` elements.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_prompt_routed(
+    ctx: *mut moe_hot_context,
+    layer: i32,
+    ids: *const i32,
+    n: usize,
+) -> moe_hot_status {
+    guard(|| {
+        let ctx = deref!(ctx, as_ref);
+        let Some(c) = &ctx.context else { return MOE_HOT_OK };
+        let layer = usize::try_from(layer).ok().filter(|l| *l < ctx.model.layers().len());
+        let (Some(layer), false) = (layer, ids.is_null()) else {
+            return fail(MOE_HOT_INVALID_ARGUMENT, "moe_hot_prompt_routed: no such layer, or no ids");
+        };
+        // SAFETY: see above.
+        c.prompt_routed(layer, unsafe { std::slice::from_raw_parts(ids, n) });
+        MOE_HOT_OK
     })
 }
 

@@ -23,6 +23,7 @@ pub mod lanes;
 pub mod log;
 pub mod mailbox;
 pub mod model;
+pub mod planner;
 #[cfg(feature = "cli")]
 pub mod plot;
 pub mod policy;
@@ -34,3 +35,4 @@ pub mod telemetry;
 pub mod trace;
 pub mod transfer;
 pub mod usage;
+pub mod warm;

@@ -27,12 +27,15 @@ use crate::{
     fault,
     lanes::{self, Lanes, assumed_rate},
     log::{Level, log},
-    policy::{self, Key, Limits, Policy, PoolShape, Routed, Swap},
+    planner::{ClassPolicy, Observed, Phase, Planner, Request},
+    policy::{self, Key, Limits, PoolShape, Swap},
+    profile::hash_routers,
     slots::{Action, SlotTable, Stamp},
     telemetry::Stats,
     trace::{TraceError, TraceHeader, TraceLayer, TraceWriter},
     transfer::{Copier, HostCopier, Move, Order, Report, Transfer},
     usage::StepUsage,
+    warm::{self, Heat, Keeper, Subject},
 };
 
 /// With fewer slots a layer than this many times its experts a token, the set turns over faster than
@@ -108,11 +111,10 @@ pub struct Boundary {
 
 struct ClassControl {
     table: SlotTable,
-    policy: Box<dyn Policy>,
     uses_since_plan: u64,
     /// Copies that have not been reported.
     copying: usize,
-    /// Most of them at a time: what the last plan could cost.
+    /// Most of them at a time: what the plan wished for last may cost.
     max_copying: usize,
 }
 
@@ -122,15 +124,16 @@ struct Control {
     /// Begin of each running step by context.
     running: BTreeMap<u64, Stamp>,
     tokens_since_plan: u32,
+    /// A prompt was computed since the last wish for a plan: what it has used is likely to be used on.
+    prompt_since_plan: bool,
+    /// A plan has been wished for, and takes effect at the next boundary.
+    planning: bool,
     classes: Vec<ClassControl>,
     orders: BTreeMap<u64, (usize, u32)>,
     next_order: u64,
     trace: Option<TraceWriter>,
     stats: Stats,
     // scratch
-    ids: Vec<Vec<u16>>,
-    assigned: Vec<Option<Key>>,
-    plan: Vec<Swap>,
     reports: Vec<Report>,
 }
 
@@ -154,6 +157,7 @@ struct Active {
     /// Counts changes of `maps`.
     map_version: AtomicU64,
     control: Mutex<Control>,
+    planner: Planner,
     status: String,
 }
 
@@ -161,6 +165,8 @@ struct Active {
 struct Offers {
     layers: Vec<Offer>,
     skipped: BTreeMap<String, Vec<i32>>,
+    /// Hash of the router's weights by `il`, of all MoE layers.
+    routers: BTreeMap<u16, u64>,
 }
 
 /// The pool of one model.
@@ -194,6 +200,13 @@ impl Model {
         }
     }
 
+    /// Notes the router of a MoE layer.
+    pub fn router(&self, il: i32, weights: &[u8]) {
+        let Ok(il) = u16::try_from(il) else { return };
+        let hash = || hash_routers([(il, weights)]);
+        self.offers.lock().routers.entry(il).or_insert_with(hash);
+    }
+
     /// Notes that a MoE layer takes the stock graph, and why.
     pub fn skip(&self, il: i32, reason: &str) {
         let mut offers = self.offers.lock();
@@ -217,16 +230,11 @@ impl Model {
 
     /// Makes the pool from what was offered and says what was requested and what is active. Further
     /// calls return what the first did.
-    pub fn activate(&self, n_threads: usize) -> bool {
-        let build = || {
-            let active = self.build(n_threads)?;
-            active.fill();
-            Some(active)
-        };
-        self.active.get_or_init(build).is_some()
+    pub fn activate(&self, n_threads: usize, name: &str) -> bool {
+        self.active.get_or_init(|| self.build(n_threads, name)).is_some()
     }
 
-    fn build(&self, n_threads: usize) -> Option<Active> {
+    fn build(&self, n_threads: usize, name: &str) -> Option<Active> {
         let k = self.config.k;
         let mut offers = self.offers.lock();
         let pci = keep_one_device(&mut offers);
@@ -305,13 +313,18 @@ impl Model {
             Ok(m) => m,
             Err(why) => return not_active(&why),
         };
+        let mut policies = Vec::new();
         for ((shape, members), memory) in shapes.into_iter().zip(memory) {
             controls.push(ClassControl {
                 table: SlotTable::new(shape.n_slots),
-                policy: policy::build(self.config.policy, shape),
                 uses_since_plan: 0,
                 copying: 0,
                 max_copying: usize::MAX,
+            });
+            policies.push(ClassPolicy {
+                layers: members.clone(),
+                shape,
+                policy: policy::build(self.config.policy, shape),
             });
             let expert_bytes = shape.expert_bytes as usize;
             classes.push(Class { layers: members, n_slots: shape.n_slots, memory, expert_bytes });
@@ -351,6 +364,14 @@ impl Model {
             Ok(t) => t,
             Err(e) => return not_active(&format!("--moe-hot-trace: {e}")),
         };
+        let subject = Subject {
+            model: model_hash(&offers.routers, &layers),
+            name: name.into(),
+            layers: layers.iter().map(|l| (l.il as u16, l.n_expert as u16)).collect(),
+        };
+        let (profile, heat) = warm::load(&self.config, &subject).unzip();
+        let keeper = Keeper::new(&self.config, subject, profile.as_ref());
+
         let n_slots: u32 = classes.iter().map(|c| c.n_slots).sum();
         let bytes: usize =
             classes.iter().map(|c| c.memory.iter().map(SlotMemory::bytes).sum::<usize>()).sum();
@@ -397,17 +418,16 @@ impl Model {
             clock: 0,
             running: BTreeMap::new(),
             tokens_since_plan: 0,
+            prompt_since_plan: false,
+            planning: false,
             classes: controls,
             orders: BTreeMap::new(),
             next_order: 0,
             trace,
             stats: Stats::default(),
-            ids: Vec::new(),
-            assigned: Vec::new(),
-            plan: Vec::new(),
             reports: Vec::new(),
         };
-        Some(Active {
+        let active = Active {
             transfer,
             workers,
             device,
@@ -421,8 +441,11 @@ impl Model {
             reading,
             map_version: AtomicU64::new(1),
             control: Mutex::new(control),
+            planner: Planner::new(policies, keeper),
             status,
-        })
+        };
+        active.fill(heat.as_ref());
+        Some(active)
     }
 
     fn largest_ubatch(&self, offers: &Offers, device: &Device) -> u32 {
@@ -606,15 +629,18 @@ impl Model {
         let a = self.pool();
         let mut c = a.control.lock();
         c.publish(a);
-        let rebalance_us = c.stats.rebalance_us;
-        if c.tokens_since_plan >= self.config.rebalance_interval {
-            c.tokens_since_plan = 0;
-            c.rebalance(a);
+        let start = Instant::now();
+        let planned = c.apply_plan(a);
+        // After a prompt at once, but not before another part of it: its experts cross the link, too.
+        if c.tokens_since_plan >= self.config.rebalance_interval || (hot && c.prompt_since_plan) {
+            c.request_plan(a);
         }
+        let rebalance_us = start.elapsed().as_micros() as u64;
+        c.stats.rebalance_us += rebalance_us;
         c.start_copies(a);
         let boundary = Boundary {
             copying: c.classes.iter().map(|k| k.copying).sum(),
-            rebalance_us: c.stats.rebalance_us - rebalance_us,
+            rebalance_us: if planned { rebalance_us } else { 0 },
         };
         if hot {
             c.clock += 1;
@@ -626,6 +652,11 @@ impl Model {
         boundary
     }
 
+    /// The policies work, while the device computes.
+    pub(crate) fn step_work(&self) {
+        self.pool().planner.work();
+    }
+
     /// The step of context `id` on the hot path has ended.
     pub(crate) fn step_end(&self, id: u64, usage: &StepUsage) {
         let a = self.pool();
@@ -633,10 +664,16 @@ impl Model {
         let mut c = a.control.lock();
         c.running.remove(&id);
         if !usage.is_empty() {
-            c.observe(a, usage);
+            c.observe(a, Phase::Decode, usage);
         }
         c.publish(a);
         c.start_copies(a);
+    }
+
+    /// A ubatch of a prompt has been computed on the stock graph.
+    pub(crate) fn prompt_end(&self, usage: &StepUsage) {
+        let a = self.pool();
+        a.control.lock().observe(a, Phase::Prompt, usage);
     }
 
     /// Waits until no swap is under way. For tests and orderly ends; decode never calls it.
@@ -646,17 +683,30 @@ impl Model {
 }
 
 impl Active {
-    /// Gives every expert its slot in a class that has room for all: there is nothing to decide, and
-    /// decode begins with nothing cold.
-    fn fill(&self) {
+    /// The experts that are there when decode begins: all of them in a class that has room for all, where there is
+    /// nothing to decide; else the hottest of a profile.
+    fn fill(&self, heat: Option<&Heat>) {
         let mut c = self.control.lock();
-        for (class, control) in self.classes.iter().zip(&mut c.classes) {
+        let Control { classes, trace, .. } = &mut *c;
+        for (i, (class, control)) in self.classes.iter().zip(classes).enumerate() {
             let keys = policy::all_keys(class.layers.iter().map(|l| self.layers[*l].n_expert));
-            if keys.len() > control.table.len() {
-                continue;
-            }
-            for (slot, key) in keys.into_iter().enumerate() {
-                control.table.assign(slot as u32, key, 0);
+            if keys.len() <= control.table.len() {
+                for (slot, key) in keys.into_iter().enumerate() {
+                    control.table.assign(slot as u32, key, 0);
+                }
+            } else if let Some(heat) = heat {
+                let uses = |key: &Key| {
+                    let layer = class.layers[usize::from(key.layer)];
+                    heat[layer][usize::from(key.expert)] * self.layers[layer].n_used as f32
+                };
+                self.planner.warm(i, keys.iter().map(|k| (*k, uses(k))));
+                for (slot, key) in hottest(keys, control.table.len(), uses).into_iter().enumerate() {
+                    let slot = slot as u32;
+                    control.table.assign(slot, key, 0);
+                    if let Some(trace) = trace {
+                        trace.swap(i as u16, &Swap { slot, evict: None, admit: key });
+                    }
+                }
             }
         }
         drop(c);
@@ -679,36 +729,47 @@ impl Active {
 }
 
 impl Control {
-    fn observe(&mut self, a: &Active, usage: &StepUsage) {
-        self.tokens_since_plan = self.tokens_since_plan.saturating_add(usage.n_tokens);
+    fn observe(&mut self, a: &Active, phase: Phase, usage: &StepUsage) {
+        match phase {
+            Phase::Decode => self.tokens_since_plan = self.tokens_since_plan.saturating_add(usage.n_tokens),
+            Phase::Prompt => self.prompt_since_plan = true,
+        }
         for (class, control) in a.classes.iter().zip(&mut self.classes) {
-            self.ids.resize_with(class.layers.len(), Vec::new);
-            for (ids, &layer) in self.ids.iter_mut().zip(&class.layers) {
-                ids.clone_from(&usage.ids[layer]);
-                control.uses_since_plan += ids.len() as u64;
-            }
-            control.policy.observe(Routed { n_tokens: usage.n_tokens, sequences: &[], ids: &self.ids });
+            control.uses_since_plan += class.layers.iter().map(|l| usage.ids[*l].len() as u64).sum::<u64>();
         }
         if let Some(trace) = &mut self.trace
+            && phase == Phase::Decode
             && let Err(e) = trace.routed(usage.n_tokens, &usage.ids)
         {
             log!(Level::Error, "moe-hot: the routing trace ends here: {e}");
             self.trace = None;
         }
+        let StepUsage { n_tokens, sequences, ids, .. } = usage.clone();
+        a.planner.observe(Observed { phase, n_tokens, sequences, ids });
     }
 
-    fn rebalance(&mut self, a: &Active) {
-        let start = Instant::now();
+    fn request_plan(&mut self, a: &Active) {
+        self.tokens_since_plan = 0;
+        self.prompt_since_plan = false;
+        self.planning = true;
+        let request = |control: &mut ClassControl| {
+            let uses = std::mem::take(&mut control.uses_since_plan);
+            let limits = Limits::after(uses, a.device.uses_per_upload());
+            control.max_copying = limits.max_swaps as usize;
+            Request { slots: control.table.assigned().collect(), limits }
+        };
+        a.planner.request(self.classes.iter_mut().map(request).collect());
+    }
+
+    /// The plan that was wished for at the boundary before takes effect; whether there was one.
+    fn apply_plan(&mut self, a: &Active) -> bool {
+        if !std::mem::take(&mut self.planning) {
+            return false;
+        }
+        let plan = a.planner.take().expect("a plan was wished for");
         self.clock += 1;
         for (i, (class, control)) in a.classes.iter().zip(&mut self.classes).enumerate() {
-            self.assigned.clear();
-            self.assigned.extend(control.table.assigned());
-            self.plan.clear();
-            let limits =
-                Limits::after(std::mem::take(&mut control.uses_since_plan), a.device.uses_per_upload());
-            control.max_copying = limits.max_swaps as usize;
-            control.policy.plan(&self.assigned, limits, &mut self.plan);
-            for swap in &self.plan {
+            for swap in &plan[i] {
                 if let Action::Retire { key } = control.table.assign(swap.slot, swap.admit, self.clock) {
                     a.maps[class.layers[usize::from(key.layer)]].set(key.expert, -1);
                     a.map_version.fetch_add(1, Ordering::Release);
@@ -720,7 +781,7 @@ impl Control {
             }
         }
         self.stats.rebalances += 1;
-        self.stats.rebalance_us += start.elapsed().as_micros() as u64;
+        true
     }
 
     fn start_copies(&mut self, a: &Active) {
@@ -806,6 +867,24 @@ fn fingerprint(layers: &[Layer]) -> u64 {
         }
     }
     hash
+}
+
+/// Tells models apart by their routers, which all quantisations of a model share. A model whose routers the bridge does
+/// not see is told apart by its experts.
+fn model_hash(routers: &BTreeMap<u16, u64>, layers: &[Layer]) -> u64 {
+    if routers.is_empty() {
+        return fingerprint(layers);
+    }
+    let bytes: Vec<_> = routers.iter().map(|(il, hash)| (*il, hash.to_le_bytes())).collect();
+    hash_routers(bytes.iter().map(|(il, b)| (*il, b.as_slice())))
+}
+
+/// Up to `n` of `keys`, those with the most uses first; none without any.
+fn hottest(mut keys: Vec<Key>, n: usize, uses: impl Fn(&Key) -> f32) -> Vec<Key> {
+    keys.retain(|k| uses(k) > 0.0);
+    keys.sort_by(|a, b| uses(b).total_cmp(&uses(a)).then(a.cmp(b)));
+    keys.truncate(n);
+    keys
 }
 
 fn class_key(l: &Layer) -> ClassKey {

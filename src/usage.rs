@@ -5,6 +5,8 @@
 pub struct StepUsage {
     /// Tokens of the step's ubatch.
     pub n_tokens: u32,
+    /// Sequence of each token.
+    pub sequences: Vec<u32>,
     /// `ids[layer]`: experts routed in that layer, tokens one after the other; every id, hit or miss.
     pub ids: Vec<Vec<u16>>,
     /// Ids that had a slot.
@@ -26,9 +28,17 @@ impl StepUsage {
         self.ids.iter().all(Vec::is_empty)
     }
 
+    /// Begins a step of a ubatch.
+    pub fn begin(&mut self, n_tokens: u32, sequences: &[u32]) {
+        self.n_tokens = n_tokens;
+        self.sequences.clear();
+        self.sequences.extend_from_slice(sequences);
+    }
+
     /// Forgets the step, keeps the memory.
     pub fn clear(&mut self) {
         self.n_tokens = 0;
+        self.sequences.clear();
         self.hits = 0;
         self.misses = 0;
         self.linked = 0;

@@ -102,8 +102,8 @@ int main(void) {
     CHECK(moe_hot_option_get("moe-hot-size") == NULL);
     CHECK(moe_hot_context_create(NULL, &ctx) == MOE_HOT_INVALID_ARGUMENT && ctx == NULL);
     CHECK(moe_hot_context_create(&ctx, NULL) == MOE_HOT_INVALID_ARGUMENT);
-    CHECK(moe_hot_activate(NULL, 1, &active) == MOE_HOT_INVALID_ARGUMENT);
-    CHECK(moe_hot_step_begin(NULL, 1, &hot) == MOE_HOT_INVALID_ARGUMENT);
+    CHECK(moe_hot_activate(NULL, 1, "test", &active) == MOE_HOT_INVALID_ARGUMENT);
+    CHECK(moe_hot_step_begin(NULL, 1, NULL, &hot) == MOE_HOT_INVALID_ARGUMENT);
     CHECK(moe_hot_find(NULL, gate) == -1 && moe_hot_op_data(NULL, 0) == NULL && moe_hot_max_tokens(NULL) == 0);
     moe_hot_context_free(NULL);
     moe_hot_model_free(NULL);
@@ -130,8 +130,8 @@ int main(void) {
     layer.down.n_in++;
     CHECK(moe_hot_offer(ctx, &layer) == MOE_HOT_OK);
     CHECK(moe_hot_find(ctx, down) == -1);
-    CHECK(moe_hot_activate(ctx, 1, &active) == MOE_HOT_OK && active && n_messages > 0);
-    CHECK(moe_hot_activate(ctx, 1, &active) == MOE_HOT_STATE);
+    CHECK(moe_hot_activate(ctx, 1, "test", &active) == MOE_HOT_OK && active && n_messages > 0);
+    CHECK(moe_hot_activate(ctx, 1, "test", &active) == MOE_HOT_STATE);
     CHECK(moe_hot_find(ctx, down) == 0 && moe_hot_find(ctx, gate) == -1);
     CHECK(moe_hot_max_tokens(ctx) == MAX_TOKENS);
     moe_hot_slots slots;
@@ -162,7 +162,7 @@ int main(void) {
         t_slot.src[0] = &t_cur, t_slot.src[1] = &t_ids;
         t_exp.src[0] = &t_exp, t_exp.src[1] = &t_slot;
 
-        CHECK(moe_hot_step_begin(ctx, n_tokens, &hot) == MOE_HOT_OK && hot);
+        CHECK(moe_hot_step_begin(ctx, n_tokens, NULL, &hot) == MOE_HOT_OK && hot);
         moe_hot_dispatch(&t_slot, 0, 1, op);
         moe_hot_join(&t_exp, 0, 1, op);
         for (int t = 0; t < n_tokens; t++) {
@@ -192,10 +192,10 @@ int main(void) {
 
     // a second context shares the slots; a step that was begun may be left
     moe_hot_context * other = NULL;
-    CHECK(moe_hot_context_create(gate, &other) == MOE_HOT_OK && moe_hot_activate(other, 1, &active) == MOE_HOT_OK && active);
+    CHECK(moe_hot_context_create(gate, &other) == MOE_HOT_OK && moe_hot_activate(other, 1, "test", &active) == MOE_HOT_OK && active);
     moe_hot_slots shared;
     CHECK(moe_hot_get_slots(other, 0, &shared) == MOE_HOT_OK && shared.data[0] == slots.data[0]);
-    CHECK(moe_hot_step_begin(other, 1, &hot) == MOE_HOT_OK && moe_hot_step_begin(ctx, 1, &hot) == MOE_HOT_OK);
+    CHECK(moe_hot_step_begin(other, 1, NULL, &hot) == MOE_HOT_OK && moe_hot_step_begin(ctx, 1, NULL, &hot) == MOE_HOT_OK);
     moe_hot_context_free(other);
     moe_hot_context_free(ctx);
     moe_hot_model_free(gate);

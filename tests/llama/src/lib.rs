@@ -10,6 +10,7 @@ pub mod compare;
 mod llama;
 pub mod models;
 pub mod paths;
+pub mod replayed;
 pub mod schedule;
 
 #[allow(

@@ -205,9 +205,18 @@ impl Exclusive {
     /// Takes all options back.
     pub fn off(&self) {
         if self.has_moe_hot {
-            for name in
-                ["k", "rebalance-interval", "policy", "threads", "link", "kernels", "pp-bypass", "trace"]
-            {
+            for name in [
+                "k",
+                "rebalance-interval",
+                "policy",
+                "threads",
+                "link",
+                "kernels",
+                "pp-bypass",
+                "profile",
+                "profile-out",
+                "trace",
+            ] {
                 self.set(&format!("moe-hot-{name}"), None).unwrap_or_else(|e| panic!("{e}"));
             }
         }

@@ -222,7 +222,7 @@ fn a_trace_that_cannot_be_written_is_said() {
 }
 
 /// Option, environment variable, refused value, what is allowed.
-const REFUSED: [(&str, &str, &str, &str); 10] = [
+const REFUSED: [(&str, &str, &str, &str); 12] = [
     ("moe-hot-k", "LLAMA_ARG_MOE_HOT_K", "-3", "a number of slots per layer, 0 (off) or more"),
     ("moe-hot-k", "LLAMA_ARG_MOE_HOT_K", "many", "a number of slots per layer, 0 (off) or more"),
     (
@@ -242,6 +242,13 @@ const REFUSED: [(&str, &str, &str, &str); 10] = [
     ("moe-hot-pp-bypass", "LLAMA_MOE_HOT_PP_BYPASS_N_TOKENS", "0", "auto or a number of tokens, 1 or more"),
     ("moe-hot-link", "LLAMA_ARG_MOE_HOT_LINK", "on", "auto or off"),
     ("moe-hot-kernels", "LLAMA_ARG_MOE_HOT_KERNELS", "fast", "one of auto, rows, ggml"),
+    (
+        "moe-hot-profile",
+        "LLAMA_ARG_MOE_HOT_PROFILE",
+        "",
+        "the path of a file that --moe-hot-profile-out wrote",
+    ),
+    ("moe-hot-profile-out", "LLAMA_ARG_MOE_HOT_PROFILE_OUT", "", "the path of a file to write"),
     ("moe-hot-trace", "LLAMA_ARG_MOE_HOT_TRACE", "", "the path of a file to write"),
 ];
 
@@ -258,7 +265,8 @@ fn refused_values_leave_the_option_as_it_was() {
     assert_eq!(
         message,
         "there is no option 'moe-hot-size', expected moe-hot-k, moe-hot-rebalance-interval, moe-hot-pp-bypass, \
-         moe-hot-policy, moe-hot-threads, moe-hot-link, moe-hot-kernels, moe-hot-trace"
+         moe-hot-policy, moe-hot-threads, moe-hot-link, moe-hot-kernels, moe-hot-profile, moe-hot-profile-out, \
+         moe-hot-trace"
     );
 }
 

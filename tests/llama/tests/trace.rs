@@ -2,12 +2,8 @@
 
 use std::process::Command;
 
-use llama_tests::paths;
-use moe_hot::{
-    policy::PolicyKind,
-    replay::{Routing, replay},
-    trace::TraceReader,
-};
+use llama_tests::{paths, replayed::assert_replays};
+use moe_hot::policy::PolicyKind;
 
 #[test]
 fn a_recorded_run_replays_swap_by_swap() {
@@ -33,16 +29,7 @@ fn a_recorded_run_replays_swap_by_swap() {
             .unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 
-        let routing = Routing::read(TraceReader::open(&path).unwrap()).unwrap();
-        assert_eq!((routing.n_tokens(), routing.header.k), (300, k));
-        assert!(!routing.swaps.is_empty(), "{kind}: the run swapped nothing");
-        let mut planned = Vec::new();
-        replay(&routing, kind, k, interval, |at, class, swap| planned.push((at, class, *swap)));
-        assert!(
-            planned == routing.swaps,
-            "{kind}: {} swaps replayed, {} recorded",
-            planned.len(),
-            routing.swaps.len()
-        );
+        let routing = assert_replays(&path, kind, k, interval);
+        assert_eq!(routing.n_tokens(), 300);
     }
 }
