@@ -211,13 +211,13 @@ enum Kind {
 struct Corrections {
     n: usize,
     by_division: Vec<f64>,
-    /// What is best now.
+    /// What is best now, for all numbers of cold experts that a layer may have.
     chosen: Vec<usize>,
 }
 
 impl Corrections {
-    fn new(n: usize) -> Self {
-        Corrections { n, by_division: vec![1.0; (n + 1) * (n + 1)], chosen: vec![0; n + 1] }
+    fn new(n: usize, max_rows: usize) -> Self {
+        Corrections { n, by_division: vec![1.0; (n + 1) * (n + 1)], chosen: vec![0; max_rows.max(n) + 1] }
     }
 
     fn forget(&mut self) {
@@ -238,8 +238,8 @@ impl Lanes {
     /// Before anything was measured.
     pub fn new(shape: Shape) -> Self {
         let tables = vec![0; shape.bytes.len() * (shape.max_rows + 1)];
-        let corrections =
-            shape.bytes.iter().filter(|b| **b > 0).map(|b| (*b, Corrections::new(shape.n_used))).collect();
+        let new = |b: &usize| (*b, Corrections::new(shape.n_used, shape.max_rows));
+        let corrections = shape.bytes.iter().filter(|b| **b > 0).map(new).collect();
         let mut lanes = Lanes {
             cpu: 1.0 / shape.read_rate,
             link: 1.0 / (shape.copy_rate * KERNEL_SHARE),
@@ -364,7 +364,7 @@ impl Lanes {
     fn make_tables(&mut self) {
         let bytes: Vec<usize> = self.corrections.keys().copied().collect();
         for bytes in bytes {
-            for cold in 0..=self.shape.n_used {
+            for cold in 0..=self.shape.max_rows.max(self.shape.n_used) {
                 let best = self.divide(bytes, cold);
                 let chosen = self.corrections[&bytes].chosen[cold];
                 let cost = |on_link| self.cost(bytes, cold, on_link);
@@ -395,8 +395,9 @@ impl Lanes {
         }
         let bytes = self.shape.bytes[layer];
         let Some(c) = self.corrections.get(&bytes) else { return 0 };
-        let Some(&chosen) = c.chosen.get(cold) else { return self.divide(bytes, cold) };
-        let Some(trial) = trial else { return chosen };
+        let chosen = c.chosen[cold];
+        // with more cold experts than a token has nothing is measured
+        let Some(trial) = trial.filter(|_| cold <= c.n) else { return chosen };
         let other = match trial.kind {
             Kind::More => (chosen + 1).min(cold),
             Kind::Less => chosen.saturating_sub(1),
@@ -407,9 +408,9 @@ impl Lanes {
 
     /// How many of `cold` experts of `bytes` bytes go over the link, so that the slower lane ends first.
     fn divide(&self, bytes: usize, cold: usize) -> usize {
-        let cost = |on_link: usize| self.cost(bytes, cold, on_link);
+        let cost = |on_link: usize| (self.cost(bytes, cold, on_link), on_link);
         // of equals the fewest
-        (0..=cold.min(u8::MAX.into())).min_by(|a, b| cost(*a).total_cmp(&cost(*b))).unwrap_or(0)
+        (0..=cold.min(u8::MAX.into())).map(cost).min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |c| c.1)
     }
 
     /// The corrected time of a division, and what the link has to be worth.
@@ -434,7 +435,7 @@ impl Display for Lanes {
             return write!(f, "; the CPU alone is faster than both");
         }
         for (bytes, c) in &self.corrections {
-            write!(f, "; of 0 to {} cold experts of {bytes} bytes it takes {:?}", c.n, c.chosen)?;
+            write!(f, "; of 0 to {} cold experts of {bytes} bytes it takes {:?}", c.n, &c.chosen[..=c.n])?;
         }
         Ok(())
     }
