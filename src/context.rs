@@ -213,7 +213,8 @@ impl Context {
         if let Some(port) = &self.port {
             // the version first: what changes meanwhile is copied with the next step
             let version = self.model.map_version();
-            let lanes = &self.lanes.lock().lanes;
+            let lanes = &mut self.lanes.lock().lanes;
+            lanes.begin(boundary.uploads);
             let fill = |layer: usize, map: &mut [i32]| self.model.map(layer).copy_to(map);
             port.update((version, lanes.version()), fill, lanes.tables())?;
         }
@@ -281,7 +282,7 @@ impl Context {
             match port.take_fault() {
                 Ok(None) if samples.is_empty() => {}
                 // of a step that failed the times say nothing
-                Ok(None) => lanes.observe(samples.drain(..)),
+                Ok(None) => lanes.observe(samples.drain(..), step.since.elapsed()),
                 Ok(Some(Fault::TimedOut)) => self.fail(EngineError::TimedOut(join_bound())),
                 Ok(Some(Fault::RowFailed)) => self.fail(EngineError::Failed),
                 Err(e) => self.fail(e),

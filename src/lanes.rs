@@ -8,8 +8,12 @@
 //!   only where the CPU was last, and taken for that elsewhere it drives all experts to the link.)
 //! - The link takes `base + n * bytes * link`: base is what the GPU does between the two nodes anyway.
 //!
+//! Uploads, the copies of experts into slots, use the link too. They begin with a step, so it is in its first layers
+//! that the link is slower. How many those are follows from what copies take and from what a layer takes; in them the
+//! division is another one, with a rate and corrections of its own.
+//!
 //! Rates are by byte, so layers of different experts share what they learn. The model knows nothing of what the lanes
-//! do to each other: both read the same memory, and uploads and other processes use the link as well. So every way to
+//! do to each other: both read the same memory, and other processes use it and the link as well. So every way to
 //! divide has a correction, the ratio of the time that a layer took to what the model said, and now and then a layer
 //! tries an expert more or less on the link than seems best. And since a lane that is hardly used looks worse than it
 //! is (threads that only spin are taken off their cores, in virtual machines above all), the whole is compared with
@@ -18,6 +22,8 @@
 use std::{
     collections::BTreeMap,
     fmt::{self, Display, Formatter},
+    ops::Range,
+    time::Duration,
 };
 
 /// What the hand-off to the CPU and back costs, in ns (benches/handoff.rs: 7 to 8 us with rows of 8 KiB).
@@ -57,6 +63,12 @@ const WORTH: f64 = 1.03;
 const BETTER: f64 = 0.98;
 /// A kernel reads this share of what a copy moves over the link (DESIGN 6: 45 of 54 GB/s).
 const KERNEL_SHARE: f64 = 0.83;
+/// While uploads use the link too, a byte of a kernel takes so many times as long before that was measured, and at most.
+const SHARED: f64 = 2.0;
+const MOST_SHARED: f64 = 8.0;
+/// What a layer with all that is around it takes before that was measured, in ns, and the weight of a token.
+const LAYER_NS: f64 = 200_000.0;
+const ALPHA_LAYER: f64 = 1.0 / 8.0;
 /// Reading weights, in bytes a ns: one core, and all that a machine's memory gives in the end.
 const CORE_RATE: f64 = 5.0;
 const MEMORY_RATE: f64 = 80.0;
@@ -105,9 +117,15 @@ pub struct Lanes {
     /// ns a byte.
     cpu: f64,
     link: f64,
+    /// `link` is multiplied with it while uploads use the link too.
+    shared: f64,
     base_ns: f64,
-    /// Of the model, by bytes of an expert.
-    corrections: BTreeMap<usize, Corrections>,
+    /// From a layer to the next.
+    layer_ns: f64,
+    /// Of the model, by bytes of an expert: for layers without uploads, and with them.
+    corrections: [BTreeMap<usize, Corrections>; 2],
+    /// The first layers of the step, so many, have uploads.
+    uploading: usize,
     tokens: u32,
     /// So many more tokens the CPU gets nothing.
     resting: u32,
@@ -239,12 +257,15 @@ impl Lanes {
     pub fn new(shape: Shape) -> Self {
         let tables = vec![0; shape.bytes.len() * (shape.max_rows + 1)];
         let new = |b: &usize| (*b, Corrections::new(shape.n_used, shape.max_rows));
-        let corrections = shape.bytes.iter().filter(|b| **b > 0).map(new).collect();
+        let corrections: BTreeMap<_, _> = shape.bytes.iter().filter(|b| **b > 0).map(new).collect();
         let mut lanes = Lanes {
             cpu: 1.0 / shape.read_rate,
             link: 1.0 / (shape.copy_rate * KERNEL_SHARE),
+            shared: SHARED,
             base_ns: 20_000.0,
-            corrections,
+            layer_ns: LAYER_NS,
+            corrections: [corrections.clone(), corrections],
+            uploading: 0,
             tokens: 0,
             resting: 0,
             trial: None,
@@ -278,8 +299,17 @@ impl Lanes {
         possible
     }
 
-    /// Takes what a step of one token measured.
-    pub fn observe(&mut self, samples: impl Iterator<Item = Sample>) {
+    /// A step begins, and for so long uploads will use the link.
+    pub fn begin(&mut self, uploads: Duration) {
+        let layers = (uploads.as_nanos() as f64 / self.layer_ns).round() as usize;
+        let before = std::mem::replace(&mut self.uploading, layers.min(self.shape.bytes.len()));
+        self.write_tables(before.min(self.uploading)..before.max(self.uploading));
+    }
+
+    /// Takes what a step of one token measured, and how long it took.
+    pub fn observe(&mut self, samples: impl Iterator<Item = Sample>, step: Duration) {
+        let n_layers = self.shape.bytes.len().max(1);
+        mix(&mut self.layer_ns, step.as_nanos() as f64 / n_layers as f64, ALPHA_LAYER);
         let (mut ns, mut experts) = (0.0, 0.0);
         for s in samples {
             let bytes = self.shape.bytes[s.layer];
@@ -293,7 +323,7 @@ impl Lanes {
         let other = self.resting == 0 && experts > 0.0 && self.guard.observe(ns, experts);
         if other && self.guard.alone && !self.guard.is_alone() {
             // what is known of divisions is old
-            self.corrections.values_mut().for_each(Corrections::forget);
+            self.corrections.iter_mut().flat_map(BTreeMap::values_mut).for_each(Corrections::forget);
         }
         self.tokens += 1;
         let rested = self.resting == 1;
@@ -304,6 +334,10 @@ impl Lanes {
         }
     }
 
+    fn has_uploads(&self, layer: usize) -> bool {
+        layer < self.uploading
+    }
+
     fn is_trial(&self, s: &Sample) -> bool {
         self.trial.is_some_and(|t| t.layer == s.layer)
     }
@@ -311,9 +345,11 @@ impl Lanes {
     /// The correction of a division.
     fn correct(&mut self, bytes: usize, s: &Sample) {
         let (cold, on_link) = ((s.on_cpu + s.on_link) as usize, s.on_link as usize);
-        let said = self.time(bytes, cold, on_link);
+        let uploads = self.has_uploads(s.layer);
+        let said = self.time(bytes, cold, on_link, uploads);
         let alpha = if self.is_trial(s) { ALPHA_TRIAL } else { ALPHA_CORRECTION };
-        if let Some(c) = self.corrections.get_mut(&bytes).and_then(|c| c.at(cold, on_link)) {
+        let corrections = &mut self.corrections[usize::from(uploads)];
+        if let Some(c) = corrections.get_mut(&bytes).and_then(|c| c.at(cold, on_link)) {
             let took = f64::from(s.span_ns) + f64::from(s.wait_ns);
             mix(c, took / said, alpha);
         }
@@ -325,14 +361,21 @@ impl Lanes {
         if s.on_link == 0 {
             mix(&mut self.base_ns, span, ALPHA);
         } else {
+            let uploads = self.has_uploads(s.layer);
             let alpha = match self.trial.filter(|t| t.layer == s.layer) {
                 // nothing else may have told the rate for long
                 Some(t) if t.at_any_price => ALPHA_RARE,
                 Some(_) => ALPHA_TRIAL,
+                // few layers have uploads
+                None if uploads => ALPHA_CORRECTION,
                 None => ALPHA,
             };
-            let rate = (span - self.base_ns) / (f64::from(s.on_link) * bytes);
-            mix(&mut self.link, rate.max(0.0), alpha);
+            let rate = ((span - self.base_ns) / (f64::from(s.on_link) * bytes)).max(0.0);
+            if uploads {
+                mix(&mut self.shared, (rate / self.link).min(MOST_SHARED), alpha);
+            } else {
+                mix(&mut self.link, rate, alpha);
+            }
         }
         if s.on_cpu > 0 {
             mix(&mut self.cpu, f64::from(s.cpu_ns) / (f64::from(s.on_cpu) * bytes), ALPHA);
@@ -362,19 +405,26 @@ impl Lanes {
     }
 
     fn make_tables(&mut self) {
-        let bytes: Vec<usize> = self.corrections.keys().copied().collect();
-        for bytes in bytes {
-            for cold in 0..=self.shape.max_rows.max(self.shape.n_used) {
-                let best = self.divide(bytes, cold);
-                let chosen = self.corrections[&bytes].chosen[cold];
-                let cost = |on_link| self.cost(bytes, cold, on_link);
-                if self.version == 0 || cost(best) < cost(chosen) * BETTER {
-                    self.corrections.get_mut(&bytes).expect("one of the keys").chosen[cold] = best;
+        for uploads in [false, true] {
+            let bytes: Vec<usize> = self.corrections[0].keys().copied().collect();
+            for bytes in bytes {
+                for cold in 0..=self.shape.max_rows.max(self.shape.n_used) {
+                    let best = self.divide(bytes, cold, uploads);
+                    let chosen = self.corrections(bytes, uploads).chosen[cold];
+                    let cost = |on_link| self.cost(bytes, cold, on_link, uploads);
+                    if self.version == 0 || cost(best) < cost(chosen) * BETTER {
+                        let corrections = self.corrections[usize::from(uploads)].get_mut(&bytes);
+                        corrections.expect("one of the keys").chosen[cold] = best;
+                    }
                 }
             }
         }
+        self.write_tables(0..self.shape.bytes.len());
+    }
+
+    fn write_tables(&mut self, layers: Range<usize>) {
         let mut changed = false;
-        for layer in 0..self.shape.bytes.len() {
+        for layer in layers {
             for cold in 0..=self.shape.max_rows {
                 let n = self.entry(layer, cold) as u8;
                 let entry = &mut self.tables[layer * (self.shape.max_rows + 1) + cold];
@@ -385,6 +435,10 @@ impl Lanes {
         self.version += u64::from(changed || self.version == 0);
     }
 
+    fn corrections(&self, bytes: usize, uploads: bool) -> &Corrections {
+        &self.corrections[usize::from(uploads)][&bytes]
+    }
+
     fn entry(&self, layer: usize, cold: usize) -> usize {
         if self.resting > 0 {
             return cold;
@@ -393,38 +447,42 @@ impl Lanes {
         if self.guard.is_alone() {
             return usize::from(trial.is_some()).min(cold);
         }
-        let bytes = self.shape.bytes[layer];
-        let Some(c) = self.corrections.get(&bytes) else { return 0 };
-        let chosen = c.chosen[cold];
+        let (bytes, uploads) = (self.shape.bytes[layer], self.has_uploads(layer));
+        if bytes == 0 {
+            return 0;
+        }
+        let chosen = self.corrections(bytes, uploads).chosen[cold];
         // with more cold experts than a token has nothing is measured
-        let Some(trial) = trial.filter(|_| cold <= c.n) else { return chosen };
+        let Some(trial) = trial.filter(|_| cold <= self.shape.n_used) else { return chosen };
         let other = match trial.kind {
             Kind::More => (chosen + 1).min(cold),
             Kind::Less => chosen.saturating_sub(1),
         };
-        let cost = |on_link| self.cost(bytes, cold, on_link);
+        let cost = |on_link| self.cost(bytes, cold, on_link, uploads);
         if trial.at_any_price || cost(other) <= cost(chosen) * TRIAL_PRICE { other } else { chosen }
     }
 
     /// How many of `cold` experts of `bytes` bytes go over the link, so that the slower lane ends first.
-    fn divide(&self, bytes: usize, cold: usize) -> usize {
-        let cost = |on_link: usize| (self.cost(bytes, cold, on_link), on_link);
+    fn divide(&self, bytes: usize, cold: usize, uploads: bool) -> usize {
+        let cost = |on_link: usize| (self.cost(bytes, cold, on_link, uploads), on_link);
         // of equals the fewest
         (0..=cold.min(u8::MAX.into())).map(cost).min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |c| c.1)
     }
 
     /// The corrected time of a division, and what the link has to be worth.
-    fn cost(&self, bytes: usize, cold: usize, on_link: usize) -> f64 {
+    fn cost(&self, bytes: usize, cold: usize, on_link: usize, uploads: bool) -> f64 {
         let worth = if on_link > 0 { WORTH } else { 1.0 };
-        self.time(bytes, cold, on_link) * self.corrections[&bytes].get(cold, on_link) * worth
+        let correction = self.corrections(bytes, uploads).get(cold, on_link);
+        self.time(bytes, cold, on_link, uploads) * correction * worth
     }
 
     /// What the model says, in ns.
-    fn time(&self, bytes: usize, cold: usize, on_link: usize) -> f64 {
+    fn time(&self, bytes: usize, cold: usize, on_link: usize, uploads: bool) -> f64 {
         let bytes = bytes as f64;
+        let link = self.link * if uploads { self.shared } else { 1.0 };
         let on_cpu = cold - on_link;
         let cpu = if on_cpu == 0 { 0.0 } else { HAND_OFF_NS + on_cpu as f64 * bytes * self.cpu };
-        cpu.max(self.base_ns + on_link as f64 * bytes * self.link)
+        cpu.max(self.base_ns + on_link as f64 * bytes * link)
     }
 }
 
@@ -434,8 +492,10 @@ impl Display for Lanes {
         if self.guard.alone {
             return write!(f, "; the CPU alone is faster than both");
         }
-        for (bytes, c) in &self.corrections {
+        for (bytes, c) in &self.corrections[0] {
+            let beside = &self.corrections(*bytes, true).chosen[..=c.n];
             write!(f, "; of 0 to {} cold experts of {bytes} bytes it takes {:?}", c.n, &c.chosen[..=c.n])?;
+            write!(f, ", beside uploads {beside:?}")?;
         }
         Ok(())
     }
@@ -476,7 +536,7 @@ mod tests {
         assert!(l.tables()[9..].iter().any(|n| *n > 0));
         let s =
             Sample { layer: 0, on_cpu: 5, on_link: 0, span_ns: 20_000, wait_ns: 900_000, cpu_ns: 910_000 };
-        (0..1000).for_each(|_| l.observe([s].into_iter()));
+        (0..1000).for_each(|_| l.observe([s].into_iter(), Duration::from_millis(1)));
         assert_eq!(table(&l), [0; 9]);
     }
 
@@ -488,10 +548,11 @@ mod tests {
         assert_eq!(table(&l), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
         assert!(l.version() > before.1);
         let s = Sample { layer: 0, on_cpu: 0, on_link: 4, span_ns: 400_000, wait_ns: 0, cpu_ns: 0 };
-        l.observe([s].into_iter());
-        l.observe([s].into_iter());
+        let step = Duration::from_micros(500);
+        l.observe([s].into_iter(), step);
+        l.observe([s].into_iter(), step);
         assert_eq!(table(&l)[8], 8);
-        l.observe([s].into_iter());
+        l.observe([s].into_iter(), step);
         assert!(table(&l)[8] < 8);
         assert!(!lanes(vec![BYTES, 0], 80.0).rest_cpu(3), "an expert that only the CPU can read");
     }
@@ -521,8 +582,29 @@ mod tests {
         sleepy_ns: f64,
         /// Share of the experts that they had.
         busy: f64,
+        uploads: Uploads,
         random: u64,
     }
+
+    /// Copies that begin with a token.
+    #[derive(Clone, Copy)]
+    struct Uploads {
+        /// Tokens from one time to the next.
+        every: usize,
+        /// How many bytes at a time.
+        bytes: f64,
+        /// How much they delay a kernel's bytes: 1 where both have half of the link.
+        delay: f64,
+        /// The division is told so many times what they take.
+        told: f64,
+    }
+
+    const NO_UPLOADS: Uploads = Uploads { every: 1, bytes: 0.0, delay: 1.0, told: 1.0 };
+
+    /// Around the nodes of a layer, in ns: attention and what goes with it.
+    const AROUND_NS: f64 = 60_000.0;
+    /// Of copies, in bytes a ns.
+    const COPY_RATE: f64 = 54.0;
 
     impl Machine {
         fn new(layers: usize) -> Self {
@@ -535,6 +617,7 @@ mod tests {
                 hand_off_ns,
                 sleepy_ns,
                 busy: 1.0,
+                uploads: NO_UPLOADS,
                 random: 1,
             }
         }
@@ -549,8 +632,14 @@ mod tests {
         /// Decodes `n` tokens; their time, and that of the CPU alone, in ns.
         fn decode(&mut self, lanes: &mut Lanes, n: usize) -> (f64, f64) {
             let (mut time, mut alone) = (0.0, 0.0);
-            for _ in 0..n {
+            for token in 0..n {
                 let mut samples = Vec::new();
+                let before = time;
+                let uploads = self.uploads;
+                let mut left = if token % uploads.every == 0 { uploads.bytes } else { 0.0 };
+                // a kernel reads about half of the time, and then half of the link is its own
+                let took = left / (0.75 * COPY_RATE);
+                lanes.begin(Duration::from_nanos((uploads.told * took) as u64));
                 for layer in 0..self.layers {
                     let cold = (9.0 * self.draw()) as usize;
                     let on_link = usize::from(lanes.tables()[layer * 9 + cold]);
@@ -566,9 +655,12 @@ mod tests {
                     if cold > 0 {
                         self.busy += 0.01 * ((cold - on_link) as f64 / cold as f64 - self.busy);
                     }
-                    let span = base + work(on_link, self.link);
+                    let beside = left.min((on_link * BYTES) as f64);
+                    left -= beside;
+                    let span = base + work(on_link, self.link) + uploads.delay * beside / self.link;
                     let wait = if took > 0.0 { (cpu(took) - span).max(look) } else { 0.0 };
                     time += span + wait;
+                    left = (left - (base + wait + AROUND_NS) * COPY_RATE).max(0.0);
                     alone +=
                         if cold > 0 { base + (cpu(work(cold, self.cpu)) - base).max(look) } else { base };
                     samples.push(Sample {
@@ -580,7 +672,8 @@ mod tests {
                         cpu_ns: took as u32,
                     });
                 }
-                lanes.observe(samples.into_iter());
+                let step = time - before + self.layers as f64 * AROUND_NS;
+                lanes.observe(samples.into_iter(), Duration::from_nanos(step as u64));
             }
             (time, alone)
         }
@@ -604,6 +697,60 @@ mod tests {
             let (again, _) = m.decode(&mut lanes, 400);
             assert!(again < idle * 1.03, "{layers}, {slower}: {:.3} of what it was", again / idle);
         }
+    }
+
+    /// The time with such uploads, as a multiple of the time when the division is told nothing of them.
+    fn against_untold(uploads: Uploads) -> f64 {
+        let time = |told| {
+            let mut m = Machine { uploads: Uploads { told, ..uploads }, ..Machine::new(48) };
+            let mut lanes = lanes(vec![BYTES; 48], 90.0);
+            m.decode(&mut lanes, 400);
+            m.decode(&mut lanes, 2000).0
+        };
+        time(uploads.told) / time(0.0)
+    }
+
+    #[test]
+    fn uploads_count_in_the_split_of_the_layers_that_they_last() {
+        // what predict and decay order at a quarter of the experts, and more
+        for (every, experts, most) in [(1, 14, 0.975), (1, 48, 0.925), (4, 20, 0.99), (4, 48, 0.98)] {
+            let uploads = Uploads { every, bytes: (experts * BYTES) as f64, ..NO_UPLOADS };
+            let ratio = against_untold(uploads);
+            assert!(ratio < most, "{experts} in {every} tokens: {ratio:.3}");
+            for told in [0.5, 2.0] {
+                let ratio = against_untold(Uploads { told, ..uploads });
+                assert!(ratio < 1.0, "{experts} in {every} tokens, {told} of their time told: {ratio:.3}");
+            }
+        }
+    }
+
+    #[test]
+    fn uploads_that_are_in_nobodys_way_cost_nothing() {
+        for (every, experts) in [(1, 14), (1, 48), (4, 48)] {
+            let uploads = Uploads { every, bytes: (experts * BYTES) as f64, delay: 0.0, told: 1.0 };
+            let ratio = against_untold(uploads);
+            assert!(ratio < 1.002, "{experts} in {every} tokens: {ratio:.4}");
+        }
+    }
+
+    #[test]
+    fn the_first_layers_of_a_step_with_uploads_leave_more_to_the_cpu() {
+        let mut l = lanes(vec![BYTES; 4], 80.0);
+        let of = |l: &Lanes, layer: usize| l.tables()[layer * 9 + 8];
+        let (alone, version) = (of(&l, 0), l.version());
+        // a step takes 1 ms, a layer 0.25
+        (0..100).for_each(|_| l.observe(std::iter::empty(), Duration::from_millis(1)));
+        l.begin(Duration::from_micros(510));
+        assert!(of(&l, 0) < alone && of(&l, 1) < alone, "{:?}", l.tables());
+        assert!(of(&l, 2) == alone && of(&l, 3) == alone, "{:?}", l.tables());
+        assert!(l.version() > version, "the device has to be told");
+        l.begin(Duration::from_secs(1));
+        assert!((0..4).all(|layer| of(&l, layer) < alone));
+        let version = l.version();
+        l.begin(Duration::from_secs(2));
+        assert_eq!(l.version(), version, "nothing has changed");
+        l.begin(Duration::ZERO);
+        assert!((0..4).all(|layer| of(&l, layer) == alone));
     }
 
     #[test]

@@ -33,7 +33,7 @@ use crate::{
     slots::{Action, SlotTable, Stamp},
     telemetry::Stats,
     trace::{TraceError, TraceHeader, TraceLayer, TraceWriter},
-    transfer::{Copier, HostCopier, Move, Order, Report, Transfer},
+    transfer::{Copier, HostCopier, Move, Order, Pace, Report, Transfer},
     usage::StepUsage,
     warm::{self, Heat, Keeper, Subject},
 };
@@ -107,6 +107,8 @@ pub struct Boundary {
     pub copying: usize,
     /// Time of the plan that was made there, in us; 0 without one.
     pub rebalance_us: u64,
+    /// What the copies will take that are under way now, those that were ordered there included.
+    pub uploads: Duration,
 }
 
 struct ClassControl {
@@ -131,6 +133,7 @@ struct Control {
     classes: Vec<ClassControl>,
     orders: BTreeMap<u64, (usize, u32)>,
     next_order: u64,
+    pace: Pace,
     trace: Option<TraceWriter>,
     stats: Stats,
     // scratch
@@ -423,6 +426,7 @@ impl Model {
             classes: controls,
             orders: BTreeMap::new(),
             next_order: 0,
+            pace: Pace::new(copy_rate),
             trace,
             stats: Stats::default(),
             reports: Vec::new(),
@@ -641,6 +645,7 @@ impl Model {
         let boundary = Boundary {
             copying: c.classes.iter().map(|k| k.copying).sum(),
             rebalance_us: if planned { rebalance_us } else { 0 },
+            uploads: c.pace.time(c.copying_bytes(a)),
         };
         if hot {
             c.clock += 1;
@@ -805,15 +810,26 @@ impl Control {
         }
     }
 
+    /// Bytes of the copies that have not been reported.
+    fn copying_bytes(&self, a: &Active) -> usize {
+        a.classes.iter().zip(&self.classes).map(|(class, control)| control.copying * class.expert_bytes).sum()
+    }
+
     fn publish(&mut self, a: &Active) {
         a.transfer.take_reports(&mut self.reports);
         for report in self.reports.drain(..) {
             let (class, slot) = self.orders.remove(&report.id).expect("each order is reported once");
-            if let Err(why) = &report.result {
-                self.stats.copy_failures += 1;
-                if self.stats.copy_failures.is_power_of_two() {
-                    let n = self.stats.copy_failures;
-                    log!(Level::Warn, "moe-hot: copying an expert into a slot failed ({n} so far): {why}");
+            match &report.result {
+                Ok(took) => self.pace.observe(a.classes[class].expert_bytes, *took),
+                Err(why) => {
+                    self.stats.copy_failures += 1;
+                    if self.stats.copy_failures.is_power_of_two() {
+                        let n = self.stats.copy_failures;
+                        log!(
+                            Level::Warn,
+                            "moe-hot: copying an expert into a slot failed ({n} so far): {why}"
+                        );
+                    }
                 }
             }
             self.classes[class].copying -= 1;

@@ -10,6 +10,7 @@ use std::{
         mpsc::{self, Receiver, Sender},
     },
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -44,8 +45,36 @@ pub struct Order {
 pub struct Report {
     /// Of the order.
     pub id: u64,
-    /// Whether all bytes are in place; else why not.
-    pub result: Result<(), String>,
+    /// How long it took until all bytes were in place; else why they are not.
+    pub result: Result<Duration, String>,
+}
+
+/// How fast copies are beside decode, which uses the same link and the same memory.
+#[derive(Debug)]
+pub struct Pace {
+    ns_per_byte: f64,
+}
+
+/// Weight of a copy in the pace: a plan or two.
+const ALPHA: f64 = 1.0 / 16.0;
+
+impl Pace {
+    /// Before there was a copy; `rate` in bytes a ns, 0 where it is not known and copies seem to take no time.
+    pub fn new(rate: f64) -> Self {
+        Pace { ns_per_byte: if rate > 0.0 { 1.0 / rate } else { 0.0 } }
+    }
+
+    /// Takes what a copy of `bytes` bytes took.
+    pub fn observe(&mut self, bytes: usize, took: Duration) {
+        if bytes > 0 {
+            self.ns_per_byte += ALPHA * (took.as_nanos() as f64 / bytes as f64 - self.ns_per_byte);
+        }
+    }
+
+    /// What copies of `bytes` bytes will take.
+    pub fn time(&self, bytes: usize) -> Duration {
+        Duration::from_nanos((bytes as f64 * self.ns_per_byte) as u64)
+    }
 }
 
 /// Does the copies of one order. Tests put faults here; a device puts its stream here.
@@ -122,9 +151,10 @@ fn run(orders: &Receiver<Order>, reports: &Mutex<Vec<Report>>, mut copier: impl 
             reports.lock().push(Report { id: order.id, result: Err("a fault was injected".into()) });
             continue;
         }
+        let start = Instant::now();
         let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| copier.copy(&order)));
         let result = copied.unwrap_or_else(|_| Err("the copy panicked".into()));
-        reports.lock().push(Report { id: order.id, result });
+        reports.lock().push(Report { id: order.id, result: result.map(|()| start.elapsed()) });
     }
 }
 
@@ -154,8 +184,8 @@ mod tests {
         let (a, b) = (half(0, &mut dst), half(128, &mut dst));
         t.order(Order { id: 1, moves: vec![a] });
         t.order(Order { id: 2, moves: vec![b] });
-        let got = reports_of(&t, 2);
-        assert_eq!(got, [Report { id: 1, result: Ok(()) }, Report { id: 2, result: Ok(()) }]);
+        let got: Vec<_> = reports_of(&t, 2).into_iter().map(|r| (r.id, r.result.is_ok())).collect();
+        assert_eq!(got, [(1, true), (2, true)]);
         drop(t);
         assert_eq!(src, dst);
     }
@@ -177,7 +207,36 @@ mod tests {
         for id in 0..3 {
             t.order(Order { id, moves: vec![] });
         }
-        let got: Vec<_> = reports_of(&t, 3).into_iter().map(|r| r.result).collect();
+        let got: Vec<_> = reports_of(&t, 3).into_iter().map(|r| r.result.map(|_| ())).collect();
         assert_eq!(got, [Err("no".into()), Err("the copy panicked".into()), Ok(())]);
+    }
+
+    #[test]
+    fn a_report_tells_what_the_copy_took() {
+        struct Slow;
+        impl Copier for Slow {
+            fn copy(&mut self, _: &Order) -> Result<(), String> {
+                std::thread::sleep(Duration::from_millis(5));
+                Ok(())
+            }
+        }
+        let t = Transfer::new(Slow).unwrap();
+        t.order(Order { id: 1, moves: vec![] });
+        let took = reports_of(&t, 1).remove(0).result.unwrap();
+        assert!(took >= Duration::from_millis(5), "{took:?}");
+    }
+
+    #[test]
+    fn the_pace_goes_from_the_links_to_what_copies_take_beside_decode() {
+        let mut p = Pace::new(50.0);
+        assert_eq!(p.time(50_000_000), Duration::from_millis(1));
+        (0..200).for_each(|_| p.observe(3_500_000, Duration::from_micros(140)));
+        let ns = p.time(25_000_000).as_nanos();
+        assert!((990_000..1_010_000).contains(&ns), "{ns}");
+        assert_eq!(
+            Pace::new(0.0).time(1 << 30),
+            Duration::ZERO,
+            "no link that copies could be in the way of"
+        );
     }
 }
