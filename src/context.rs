@@ -22,6 +22,7 @@ use crate::{
     model::{Boundary, Model},
     telemetry::{Stats, Step, StepLog},
     usage::StepUsage,
+    verify::Verify,
 };
 
 /// Counters of a context since its creation or the last reset.
@@ -58,6 +59,7 @@ pub struct Context {
     /// The ubatch on the hot path that is running.
     running: Mutex<Option<Running>>,
     log: Option<Mutex<StepLog>>,
+    verify: Option<Mutex<Verify>>,
 }
 
 /// After a failure of the cold engine its experts go over the link for so many tokens, where that is possible.
@@ -124,6 +126,7 @@ impl Context {
             stuck: AtomicBool::new(false),
             running: Mutex::default(),
             log: StepLog::new().map(Mutex::new),
+            verify: Verify::from_env().map(Mutex::new),
             model,
         })
     }
@@ -311,6 +314,9 @@ impl Context {
             });
         }
         usage.clear();
+        if let Some(verify) = &self.verify {
+            verify.lock().step_end(&self.model);
+        }
     }
 
     /// Its counters; those of swaps are the model's since our reset.
@@ -354,6 +360,9 @@ impl Drop for Context {
         }
         if let Some(Err(e)) = self.log.as_ref().map(|l| l.lock().write()) {
             log!(Level::Error, "moe-hot: the log of steps cannot be written: {e}");
+        }
+        if let Some(verify) = &self.verify {
+            verify.lock().end(&self.model);
         }
     }
 }

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `alloc=N` | the N-th allocation of VRAM fails |
 //! | `register=N`, `copy=N` | every N-th registration, copy fails |
+//! | `torn=N` | every N-th copy brings only the first half of each matrix, and says that it brought all |
 //! | `row=N` | a panic in every N-th request for cold experts |
 //! | `stall=N`, `stall_ms=N` | a worker sleeps in the N-th one that workers begin; for how long |
 //! | `bound=N` | JOIN waits for N ms at most |

@@ -35,4 +35,5 @@ pub mod telemetry;
 pub mod trace;
 pub mod transfer;
 pub mod usage;
+pub mod verify;
 pub mod warm;

@@ -51,6 +51,8 @@ const SHRINK: f64 = 0.9;
 /// registered: 14 GB take a second.
 const TELL_EVERY: Duration = Duration::from_secs(2);
 const LONG_BYTES: usize = 8 << 30;
+/// How long copies under way are waited for before slots are verified.
+const COPIES_END: Duration = Duration::from_secs(2);
 
 /// Types and shapes that experts must share to share slots. Gate and up may be merged, hence a list.
 type ClassKey = Vec<(i32, usize, usize)>;
@@ -684,6 +686,22 @@ impl Model {
     /// Waits until no swap is under way. For tests and orderly ends; decode never calls it.
     pub fn settle(&self) {
         self.pool().settle();
+    }
+
+    /// Calls `f` while no slot changes its expert and none begins to be copied into. Copies that are under way are
+    /// waited for, so that what they bring is there; other contexts may order more of them meanwhile, hence no longer
+    /// than a while.
+    pub(crate) fn hold_slots(&self, f: impl FnOnce()) {
+        let (a, start) = (self.pool(), Instant::now());
+        loop {
+            let mut c = a.control.lock();
+            c.publish(a);
+            if start.elapsed() > COPIES_END || c.classes.iter().all(|k| k.copying == 0) {
+                return f();
+            }
+            drop(c);
+            std::thread::yield_now();
+        }
     }
 }
 

@@ -146,10 +146,13 @@ impl Drop for Transfer {
 }
 
 fn run(orders: &Receiver<Order>, reports: &Mutex<Vec<Report>>, mut copier: impl Copier) {
-    for order in orders {
+    for mut order in orders {
         if fault::strikes("copy") {
             reports.lock().push(Report { id: order.id, result: Err("a fault was injected".into()) });
             continue;
+        }
+        if fault::strikes("torn") {
+            order.moves.iter_mut().for_each(|m| m.bytes /= 2);
         }
         let start = Instant::now();
         let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| copier.copy(&order)));

@@ -54,6 +54,13 @@ impl HostMemory {
     pub fn bytes(&self) -> usize {
         self.layout.size()
     }
+
+    /// Copies the bytes from `at` on to `out`, which ends within the memory; nobody writes to them meanwhile.
+    pub fn read(&self, at: usize, out: &mut [u8]) {
+        assert!(at + out.len() <= self.bytes(), "{} bytes from {at} on of {}", out.len(), self.bytes());
+        // SAFETY: the bytes are in the memory, and `out` is not.
+        unsafe { self.ptr().add(at).copy_to_nonoverlapping(out.as_mut_ptr(), out.len()) };
+    }
 }
 
 impl Drop for HostMemory {

@@ -60,6 +60,20 @@ impl SlotMemory {
         }
     }
 
+    /// Copies the bytes from `at` on to `out`, which ends within the memory; nobody writes to them meanwhile.
+    ///
+    /// # Errors
+    /// Says why the device does not give them.
+    pub fn read(&self, at: usize, out: &mut [u8]) -> Result<(), String> {
+        match self {
+            SlotMemory::Host(m) => {
+                m.read(at, out);
+                Ok(())
+            }
+            SlotMemory::Cuda(m) => m.read(at, out).map_err(|e| e.to_string()),
+        }
+    }
+
     /// Bytes that may be used there.
     pub fn capacity(&self) -> usize {
         match self {

@@ -84,6 +84,19 @@ impl VideoMemory {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// Copies the bytes from `at` on to `out`, which ends within the memory; nobody writes to them meanwhile. On a
+    /// stream of its own, which waits for no other: one of ggml's may be capturing a graph.
+    ///
+    /// # Errors
+    /// As the driver says.
+    pub fn read(&self, at: usize, out: &mut [u8]) -> Result<(), CudaError> {
+        assert!(at + out.len() <= self.bytes, "{} bytes from {at} on of {}", out.len(), self.bytes);
+        let stream = Stream::new(self.device.clone(), true)?;
+        let from = self.address + at as u64;
+        cu!(cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, out.len(), stream.raw()))?;
+        stream.synchronize()
+    }
 }
 
 impl Drop for VideoMemory {
