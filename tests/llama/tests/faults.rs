@@ -62,10 +62,11 @@ fn a_worker_that_panics_fails_its_step_only() {
 
 #[test]
 fn a_worker_that_stalls_fails_a_step_and_the_stock_graph_goes_on() {
-    let messages = survives(TOKENS, "stall=20,stall_ms=600000,bound=300");
+    // no machine is so slow that a sound worker is late by as much: the one failure is the stall's
+    let messages = survives(TOKENS, "stall=20,stall_ms=600000,bound=5000");
     assert_eq!(messages.matches("failed at ").count(), 1, "{messages}");
     for said in [
-        "moe-hot: the cold experts of a layer were not ready after 300ms",
+        "moe-hot: the cold experts of a layer were not ready after 5s",
         "moe-hot: this context takes the stock graph until they arrive",
         "does not end, it is left behind",
     ] {
