@@ -218,7 +218,7 @@ mod tests {
             };
             model.offer(Offer { layer, device: None, max_tokens: 0 });
         }
-        assert!(model.activate(1));
+        assert!(model.activate(1, "test"));
         (model, weights)
     }
 
