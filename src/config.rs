@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use parking_lot::Mutex;
 
-use crate::policy::PolicyKind;
+use crate::policy::{PolicyError, PolicySpec};
 
 /// A refused value or name.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -44,7 +44,7 @@ pub enum Kernels {
 }
 
 /// The options of one pool.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Config {
     /// Slots a layer on average; 0: off.
     pub k: u32,
@@ -57,7 +57,7 @@ pub struct Config {
     /// Ubatches of more tokens take the stock graph; `None`: as the device says.
     pub pp_bypass: Option<u32>,
     /// Who decides what gets a slot.
-    pub policy: PolicyKind,
+    pub policy: PolicySpec,
     /// Cold-engine workers; `None`: a core each that ggml leaves.
     pub threads: Option<u32>,
     /// Whose experts the slots begin with.
@@ -76,7 +76,7 @@ impl Default for Config {
             link: true,
             kernels: Kernels::Auto,
             pp_bypass: None,
-            policy: PolicyKind::default(),
+            policy: PolicySpec::default(),
             threads: None,
             profile: None,
             profile_out: None,
@@ -135,7 +135,7 @@ const OPTIONS: [Opt; 10] = [
         name: "moe-hot-policy",
         env: "LLAMA_ARG_MOE_HOT_POLICY",
         parse: |c, v| {
-            c.policy = v.parse().map_err(|()| format!("one of {}", PolicyKind::names()))?;
+            c.policy = v.parse().map_err(|e: PolicyError| e.to_string())?;
             Ok(())
         },
         show: |c| c.policy.to_string(),
@@ -355,6 +355,17 @@ mod tests {
             ("moe-hot-rebalance-interval", "often", interval),
             ("moe-hot-pp-bypass", "0", "auto or a number of tokens, 1 or more"),
             ("moe-hot-policy", "fifo", "one of decay, lru, lfu, static, lfru, s3fifo, predict"),
+            (
+                "moe-hot-policy",
+                "decay:window=9",
+                "KEY=VALUE, with a key of half-life, gate, gate-tokens, margin, give-up, after decay, not 'window=9'",
+            ),
+            ("moe-hot-policy", "lru:margin=2", "nothing after lru, not 'margin=2'"),
+            (
+                "moe-hot-policy",
+                "predict:shared=off,margin=-1",
+                "margin to be a number from 0 to 100, or off, not '-1'",
+            ),
             ("moe-hot-threads", "-1", "auto or a number of threads from 0 to 512"),
             ("moe-hot-threads", "513", "auto or a number of threads from 0 to 512"),
             ("moe-hot-link", "on", "auto or off"),
@@ -402,7 +413,7 @@ mod tests {
             ("moe-hot-k", "16"),
             ("moe-hot-rebalance-interval", "1"),
             ("moe-hot-pp-bypass", "4"),
-            ("moe-hot-policy", "lru"),
+            ("moe-hot-policy", "predict:margin=0.2:shared=off"),
             ("moe-hot-threads", "0"),
             ("moe-hot-link", "off"),
             ("moe-hot-kernels", "ggml"),
@@ -419,7 +430,7 @@ mod tests {
             link: false,
             kernels: Kernels::Ggml,
             pp_bypass: Some(4),
-            policy: PolicyKind::Lru,
+            policy: "predict:margin=0.2:shared=off".parse().unwrap(),
             threads: Some(0),
             profile: Some("/tmp/p".into()),
             profile_out: Some("/tmp/o".into()),

@@ -1,13 +1,16 @@
 //! Replays a recorded routing against a policy: the same objects as in the server, the optimum and the
 //! best fixed set beside them.
 //!
-//! A plan is made at a ubatch boundary once enough tokens were decoded, as in the server. Its copies
-//! take one ubatch: the expert that leaves is cold at once, the one that comes is hot a ubatch later.
+//! As in the server, a plan is made beside a ubatch, once enough tokens were decoded before it, and takes
+//! effect at the next boundary: the experts that leave are cold from there on, those that come are copied
+//! during that ubatch and hot after it. At the boundary before a ubatch therefore, in this order: what was
+//! copied during the last one is hot; the swaps planned beside the last one take effect; and the policy
+//! plans the next ones, with the slots as they are then and all that was used so far.
 
 use std::{collections::BinaryHeap, ops::AddAssign};
 
 use crate::{
-    policy::{self, Key, Limits, Policy, PolicyKind, PoolShape, Routed, Swap},
+    policy::{self, Key, Limits, Policy, PolicySpec, PoolShape, Routed, Swap},
     trace::{TraceError, TraceHeader, TraceReader, TraceRecord},
 };
 
@@ -234,6 +237,8 @@ struct Pool {
     residence: Residence,
     policy: Box<dyn Policy>,
     slots: Vec<Option<Key>>,
+    /// Swaps that take effect at the next boundary.
+    pending: Vec<Swap>,
     /// Swaps whose copy runs during the current ubatch.
     copying: Vec<Swap>,
     uses_since_plan: u64,
@@ -242,6 +247,27 @@ struct Pool {
 }
 
 impl Pool {
+    /// What was copied during the last ubatch is hot.
+    fn publish(&mut self, out: &mut Outcome) {
+        for s in self.copying.drain(..) {
+            self.residence.set(s.admit, true);
+            out.uploads += 1;
+            out.read(self.residence.bytes_of(s.admit.layer));
+        }
+    }
+
+    /// Starts the swaps that were planned beside the last ubatch.
+    fn take_effect(&mut self, mut told: impl FnMut(&Swap)) {
+        for s in &self.pending {
+            told(s);
+            if let Some(old) = s.evict {
+                self.residence.set(old, false);
+            }
+            self.slots[s.slot as usize] = Some(s.admit);
+        }
+        self.copying.append(&mut self.pending);
+    }
+
     fn observe(&mut self, step: &Step) {
         let layers = &self.residence.layers;
         let (first, n) = (layers.first().copied().unwrap_or(0), layers.len());
@@ -259,18 +285,19 @@ impl Pool {
 }
 
 /// Replays `routing` with `k` slots a layer and a plan every `interval` tokens. `plan` is told of every
-/// swap: steps before it, class, swap.
+/// swap as it takes effect: steps before it, class, swap.
 pub fn replay(
     routing: &Routing,
-    kind: PolicyKind,
+    policy: impl Into<PolicySpec>,
     k: u32,
     interval: u32,
     plan: impl FnMut(usize, u16, &Swap),
 ) -> Outcome {
-    replay_with(routing, &|shape| policy::build(kind, shape), k, interval, plan)
+    let spec = policy.into();
+    replay_with(routing, &|shape| policy::build(spec, shape), k, interval, plan)
 }
 
-/// As [`replay`], with the policy that `make` gives for each pool: for policies with other constants.
+/// As [`replay`], with the policy that `make` gives for each pool: for policies that have no name.
 pub fn replay_with(
     routing: &Routing,
     make: &dyn Fn(PoolShape) -> Box<dyn Policy>,
@@ -306,6 +333,7 @@ fn replay_bytes(
             residence,
             policy: make(shape),
             slots,
+            pending: Vec::new(),
             copying: Vec::new(),
             uses_since_plan: 0,
             gathered: Vec::new(),
@@ -313,31 +341,15 @@ fn replay_bytes(
     }
     let mut out = Outcome::of(routing, bytes.is_some());
     let mut since_plan = 0;
-    let mut swaps = Vec::new();
     for (at, step) in routing.steps.iter().enumerate() {
         let planning = since_plan >= interval;
         for (class, p) in pools.iter_mut().enumerate() {
-            // boundary: what was copied during the last ubatch is there
-            for s in p.copying.drain(..) {
-                if p.slots[s.slot as usize] == Some(s.admit) {
-                    p.residence.set(s.admit, true);
-                    out.uploads += 1;
-                    out.read(p.residence.bytes_of(s.admit.layer));
-                }
-            }
+            p.publish(&mut out);
+            p.take_effect(|s| plan(at, class as u16, s));
             if planning {
-                swaps.clear();
-                let limits =
-                    Limits::after(std::mem::take(&mut p.uses_since_plan), routing.header.uses_per_upload);
-                p.policy.plan(&p.slots, limits, &mut swaps);
-                for s in &swaps {
-                    plan(at, class as u16, s);
-                    if let Some(old) = s.evict {
-                        p.residence.set(old, false);
-                    }
-                    p.slots[s.slot as usize] = Some(s.admit);
-                    p.copying.push(*s);
-                }
+                let uses = std::mem::take(&mut p.uses_since_plan);
+                let limits = Limits::after(uses, routing.header.uses_per_upload);
+                p.policy.plan(&p.slots, limits, &mut p.pending);
             }
             p.uses_since_plan += p.residence.count(at, step, &mut out);
             p.observe(step);
@@ -475,7 +487,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::trace::TraceLayer;
+    use crate::{policy::PolicyKind, trace::TraceLayer};
 
     fn routing(n_layers: u16, n_expert: u16, steps: Vec<Vec<Vec<u16>>>) -> Routing {
         let layer = |il| TraceLayer { il, n_expert, n_used: 2, class: 0 };
@@ -492,23 +504,71 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_takes_one_ubatch() {
-        let r = routing(1, 4, vec![vec![vec![1]]; 4]);
+    fn a_plan_takes_effect_a_ubatch_later_and_its_copy_takes_another() {
+        let r = routing(1, 4, vec![vec![vec![1]]; 5]);
         let mut planned = vec![];
         let o = replay(&r, PolicyKind::Lru, 1, 1, |at, _, s| planned.push((at, *s)));
-        // seen in step 0, planned before step 1, copied during it, hot from step 2
-        assert_eq!(planned, [(1, Swap { slot: 0, evict: None, admit: Key { layer: 0, expert: 1 } })]);
+        // used in step 0, planned beside step 1, copied during step 2, hot from step 3
+        assert_eq!(planned, [(2, Swap { slot: 0, evict: None, admit: Key { layer: 0, expert: 1 } })]);
         let expected = Outcome {
-            steps: 4,
-            tokens: 4,
+            steps: 5,
+            tokens: 5,
             hits: 2,
-            misses: 2,
-            cold: 2,
-            cold_layers: 2,
+            misses: 3,
+            cold: 3,
+            cold_layers: 3,
             uploads: 1,
             bytes: None,
         };
         assert_eq!(o, expected);
+    }
+
+    #[test]
+    fn who_leaves_is_cold_when_the_plan_takes_effect_and_not_before() {
+        let steps = [1, 1, 1, 2, 1, 1, 1].map(|e| vec![vec![e]]).to_vec();
+        let mut hot = vec![];
+        for n in 1..=steps.len() {
+            hot.push(replay(&routing(1, 4, steps[..n].to_vec()), PolicyKind::Lru, 1, 1, |_, _, _| {}).hits);
+        }
+        // 1 is hot from step 3; 2, used there, is planned beside step 4, where 1 is still hot; 1 is cold in
+        // step 5, when 2 is copied, and in step 6, beside which it is copied again
+        assert_eq!(hot, [0, 0, 0, 0, 1, 1, 1]);
+    }
+
+    /// Notes the slots that each of its plans sees; admits expert by expert.
+    struct Diary(std::sync::mpsc::Sender<(u16, Vec<Option<Key>>)>, u16);
+
+    impl Policy for Diary {
+        fn name(&self) -> &'static str {
+            "diary"
+        }
+
+        fn observe(&mut self, _routed: Routed<'_>) {
+            self.1 += 1;
+        }
+
+        fn observe_prompt(&mut self, _routed: Routed<'_>) {}
+
+        fn plan(&mut self, slots: &[Option<Key>], _limits: Limits, out: &mut Vec<Swap>) {
+            self.0.send((self.1, slots.to_vec())).unwrap();
+            out.push(Swap { slot: 0, evict: slots[0], admit: Key { layer: 0, expert: self.1 } });
+        }
+    }
+
+    #[test]
+    fn a_plan_sees_the_slots_with_the_plan_before_it_and_all_uses_before_its_ubatch() {
+        let r = routing(1, 8, vec![vec![vec![0]]; 6]);
+        let (tx, rx) = std::sync::mpsc::channel();
+        let o = replay_with(&r, &|_| Box::new(Diary(tx.clone(), 0)), 1, 2, |_, _, _| {});
+        let key = |expert| vec![Some(Key { layer: 0, expert })];
+        assert_eq!(rx.try_iter().collect::<Vec<_>>(), [(2, vec![None]), (4, key(2))]);
+        // the first arrived before step 4; the second would have after the end
+        assert_eq!(o.uploads, 1);
+        let o = replay_with(&r, &|_| Box::new(Diary(tx.clone(), 0)), 1, 1, |_, _, _| {});
+        let seen: Vec<_> = rx.try_iter().collect();
+        assert_eq!(seen, [(1, vec![None]), (2, key(1)), (3, key(2)), (4, key(3)), (5, key(4))]);
+        // each arrived as the next one took its slot
+        assert_eq!(o.uploads, 3);
     }
 
     #[test]
@@ -583,13 +643,13 @@ mod tests {
         let lru = |shape| policy::build(PolicyKind::Lru, shape);
         r.header.uses_per_upload = 1;
         let o = replay_bytes(&r, &lru, 2, 1, Some(&[10, 1000]), |_, _, _| {});
-        // cold in steps 0 and 1, then hot; and all of layer 1
-        assert_eq!((o.misses, o.cold, o.cold_layers), (4 + 8, 2 + 4, 2 + 4));
-        // expert 1 of layer 0, experts 0 and 1 of layer 1 before the last step
-        assert_eq!((o.uploads, o.bytes), (3, Some(2 * 10 + 4 * 1000 + 10 + 2 * 1000)));
+        // cold in steps 0 to 2, then hot; and all of layer 1
+        assert_eq!((o.misses, o.cold, o.cold_layers), (6 + 8, 3 + 4, 3 + 4));
+        // expert 1 of layer 0 and expert 0 of layer 1 before the last step
+        assert_eq!((o.uploads, o.bytes), (2, Some(3 * 10 + 4 * 1000 + 10 + 1000)));
         let mut sum = o;
         sum += o;
-        assert_eq!((sum.steps, sum.tokens, sum.bytes), (8, 16, Some(2 * 6030)));
+        assert_eq!((sum.steps, sum.tokens, sum.bytes), (8, 16, Some(2 * 5040)));
         sum += Outcome::default();
         assert_eq!(sum.bytes, None);
     }

@@ -5,15 +5,16 @@
 //! margin keeps two experts of like score from taking turns. Every layer of a pool routes the same
 //! number of experts a token, so scores of different layers compare as they are.
 
-use serde::{Deserialize, Serialize};
-
 use super::{
     Key, Limits, Policy, PoolShape, Routed, Swap,
+    evidence::Evidence,
     residency::{Residents, Touched, swaps},
+    rounds::Rounds,
+    spec::{Param, ParamKind, Params},
 };
 
 /// Constants of the policy.
-#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct DecayConfig {
     /// Tokens after which a use counts half.
     pub half_life: f64,
@@ -23,14 +24,26 @@ pub struct DecayConfig {
     pub gate_tokens: u32,
     /// A candidate must score this many times its victim.
     pub margin: f64,
+    /// Whether swaps stop that gain nothing.
+    pub give_up: bool,
 }
 
 impl Default for DecayConfig {
     /// Half-life and margin from the simulation in DESIGN 4, the gate from what testers of
     /// ggml-org/llama.cpp#27861 found: "3 uses within 16 steps" brought 7 hits an upload, no gate 1.5.
     fn default() -> Self {
-        DecayConfig { half_life: 32.0, gate_uses: 2, gate_tokens: 16, margin: 1.3 }
+        DecayConfig { half_life: 32.0, gate_uses: 2, gate_tokens: 16, margin: 1.3, give_up: true }
     }
+}
+
+impl Params for DecayConfig {
+    const PARAMS: &'static [Param<Self>] = &[
+        Param { key: "half-life", kind: ParamKind::Number(|c| &mut c.half_life, 0.5, 1e6, None) },
+        Param { key: "gate", kind: ParamKind::Count(|c| &mut c.gate_uses, 1, 1000, Some(1)) },
+        Param { key: "gate-tokens", kind: ParamKind::Count(|c| &mut c.gate_tokens, 1, 1_000_000, None) },
+        Param { key: "margin", kind: ParamKind::Number(|c| &mut c.margin, 1.0, 100.0, Some(1.0)) },
+        Param { key: "give-up", kind: ParamKind::Switch(|c| &mut c.give_up) },
+    ];
 }
 
 #[derive(Clone, Copy, Default)]
@@ -51,6 +64,8 @@ pub struct Decay {
     heat: Vec<Heat>,
     touched: Touched,
     residents: Residents,
+    rounds: Rounds,
+    evidence: Evidence,
     /// Prompt uses, for slots that are still free.
     prompt: Vec<u32>,
     // scratch
@@ -67,6 +82,8 @@ impl Decay {
             heat: vec![Heat::default(); shape.n_keys()],
             touched: Touched::new(shape),
             residents: Residents::new(shape),
+            rounds: Rounds::default(),
+            evidence: Evidence::new(shape),
             prompt: Vec::new(),
             candidates: Vec::new(),
             victims: Vec::new(),
@@ -95,10 +112,12 @@ impl Policy for Decay {
     }
 
     fn observe(&mut self, routed: Routed<'_>) {
-        self.now += u64::from(routed.n_tokens);
-        for (layer, ids) in routed.ids.iter().enumerate() {
-            for &expert in ids {
-                let i = self.shape.index(Key { layer: layer as u16, expert });
+        let mut rounds = std::mem::take(&mut self.rounds);
+        for uses in rounds.split(self.shape, routed) {
+            self.now += 1;
+            self.evidence.step(uses);
+            for &i in uses {
+                let i = i as usize;
                 let score = self.score(i) + 1.0;
                 let h = &mut self.heat[i];
                 if self.now - h.window > u64::from(self.config.gate_tokens) || h.uses == 0 {
@@ -109,9 +128,15 @@ impl Policy for Decay {
                 self.touched.add(i);
             }
         }
+        self.rounds = rounds;
+    }
+
+    fn gave_up(&self) -> bool {
+        self.config.give_up && self.evidence.gave_up()
     }
 
     fn observe_prompt(&mut self, routed: Routed<'_>) {
+        self.evidence.cut();
         self.prompt.resize(self.shape.n_keys(), 0);
         for (layer, ids) in routed.ids.iter().enumerate() {
             for &expert in ids {
@@ -154,6 +179,7 @@ impl Policy for Decay {
             self.victims.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
         }
         let margin = self.config.margin;
+        let from = out.len();
         swaps(
             slots,
             candidates.iter().copied(),
@@ -162,6 +188,9 @@ impl Policy for Decay {
             limits,
             out,
         );
+        if self.config.give_up {
+            self.evidence.filter(out, from);
+        }
         self.candidates = candidates;
         // a use that did not pass the gate may pass it with the next one, as long as its window lasts
         let (heat, now, window) = (&self.heat, self.now, u64::from(self.config.gate_tokens));

@@ -2,24 +2,23 @@
 //!
 //! Pure and deterministic: no clock, no thread, no I/O, no map whose order depends on the run. The
 //! running server and the offline replay drive the same objects, so a recorded run can be replayed swap
-//! by swap. One file a policy; a new one is a new file and a line in [`POLICIES`].
+//! by swap. One file a policy; a new one is a new file and its lines in `spec`.
 
 mod decay;
+mod evidence;
 mod fixed;
 mod lfru;
 mod lfu;
 mod lru;
 mod predict;
 mod residency;
+mod rounds;
 mod s3fifo;
-
-use std::{
-    fmt::{self, Display, Formatter},
-    str::FromStr,
-};
+mod spec;
 
 pub use decay::DecayConfig;
 pub use predict::PredictConfig;
+pub use spec::{PolicyError, PolicyKind, PolicySpec, build};
 
 /// An expert of a layer; `layer` counts the pool's own layers from 0.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -106,7 +105,8 @@ pub struct Routed<'a> {
     pub n_tokens: u32,
     /// Sequence of each token; empty when all are of one.
     pub sequences: &'a [u32],
-    /// `ids[layer]`: experts routed, the tokens one after the other.
+    /// `ids[layer]`: experts routed, the tokens one after the other. Where a layer has fewer than `n_used` for
+    /// each token, they are the last tokens'.
     pub ids: &'a [Vec<u16>],
 }
 
@@ -130,75 +130,15 @@ pub trait Policy: Send {
     /// Starts from the heat of another run; called before anything is observed.
     fn warm(&mut self, _heat: &[f32]) {}
 
+    /// Whether it found that swaps gain nothing on what is routed now, and swaps no more until they would: the
+    /// slots keep what they have.
+    fn gave_up(&self) -> bool {
+        false
+    }
+
     /// Appends swaps to `out`. `slots[s]` is what slot s is assigned to, copies in flight included.
     /// At most `limits.max_swaps`; no slot and no expert twice; no expert that has a slot.
     fn plan(&mut self, slots: &[Option<Key>], limits: Limits, out: &mut Vec<Swap>);
-}
-
-/// Which policy.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub enum PolicyKind {
-    /// Decayed frequency with an admission gate and a margin.
-    #[default]
-    Decay,
-    /// The experts used last; admits every miss.
-    Lru,
-    /// The experts used most since the start.
-    Lfu,
-    /// The experts used most in the first tokens, then fixed.
-    Static,
-    /// The most uses for the time since the last one; admits every miss.
-    Lfru,
-    /// Queues: a small one to prove oneself in, a main one, and the names of who passed by.
-    S3Fifo,
-    /// Online linear prediction of uses.
-    Predict,
-}
-
-type Make = fn(PoolShape) -> Box<dyn Policy>;
-
-/// Name and constructor of every policy.
-const POLICIES: [(PolicyKind, &str, Make); 7] = [
-    (PolicyKind::Decay, "decay", |s| Box::new(decay::Decay::new(s, DecayConfig::default()))),
-    (PolicyKind::Lru, "lru", |s| Box::new(lru::Lru::new(s))),
-    (PolicyKind::Lfu, "lfu", |s| Box::new(lfu::Lfu::new(s))),
-    (PolicyKind::Static, "static", |s| Box::new(fixed::Fixed::new(s))),
-    (PolicyKind::Lfru, "lfru", |s| Box::new(lfru::Lfru::new(s))),
-    (PolicyKind::S3Fifo, "s3fifo", |s| Box::new(s3fifo::S3Fifo::new(s))),
-    (PolicyKind::Predict, "predict", |s| Box::new(predict::Predict::new(s, PredictConfig::default()))),
-];
-
-impl PolicyKind {
-    /// The names that [`PolicyKind::from_str`] takes, separated by commas.
-    pub fn names() -> String {
-        POLICIES.map(|p| p.1).join(", ")
-    }
-
-    /// All policies.
-    pub fn all() -> impl Iterator<Item = PolicyKind> {
-        POLICIES.into_iter().map(|p| p.0)
-    }
-}
-
-impl Display for PolicyKind {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let (_, name, _) = POLICIES.iter().find(|p| p.0 == *self).expect("every kind is in the table");
-        f.write_str(name)
-    }
-}
-
-impl FromStr for PolicyKind {
-    type Err = ();
-
-    fn from_str(s: &str) -> Result<Self, ()> {
-        POLICIES.iter().find(|p| p.1 == s).map(|p| p.0).ok_or(())
-    }
-}
-
-/// A policy for a pool.
-pub fn build(kind: PolicyKind, shape: PoolShape) -> Box<dyn Policy> {
-    let (_, _, make) = POLICIES.iter().find(|p| p.0 == kind).expect("every kind is in the table");
-    make(shape)
 }
 
 #[cfg(test)]

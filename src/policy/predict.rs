@@ -11,73 +11,119 @@
 //! the first part left over, by recursive least squares with ridge regularisation, and counts only as
 //! far as it has been right so far: at the start, and where routing cannot be predicted, it counts nothing.
 //!
-//! An expert is admitted when its predicted uses exceed a resident's by a margin, which grows while
-//! uploads bring few hits.
+//! A plan is made beside a step, takes effect after it, and its copies run beside the next one. So the uses
+//! predicted are those that begin after this lag: the next step's uses are gone before a plan can serve
+//! them.
+//!
+//! An expert is admitted when its predicted uses exceed a resident's by a margin, and no longer when swaps
+//! are seen to gain nothing.
+//!
+//! With sequences in parallel, a step is what all of them route at once. The prediction is linear, so that of
+//! the sum is the sum of those of each sequence.
 //!
 //! Everything is ordered and no multiplication is fused with an addition, so a replay on another machine
 //! decides as the run did.
 
 use std::collections::VecDeque;
 
-use super::{Key, Limits, Policy, PoolShape, Routed, Swap, residency::Residents};
+use super::{
+    Key, Limits, Policy, PoolShape, Routed, Swap,
+    evidence::Evidence,
+    residency::Residents,
+    rounds::Rounds,
+    spec::{Param, ParamKind, Params},
+};
 
 /// Half-lives of the use rates of an expert, in tokens.
 const OWN: [f32; 6] = [1.0, 4.0, 16.0, 64.0, 256.0, 2048.0];
 /// Weights of these, then a constant: least squares over the tuning traces, where learning begins.
 const OWN_WEIGHTS: [f64; OWN.len() + 1] = [0.047, -0.059, 0.523, 0.260, 0.117, 0.095, 0.004];
 /// Every so many examples are one for these weights: there are few to learn.
-const OWN_STRIDE: usize = 4;
+const OWN_STRIDE: u32 = 4;
 /// How much of what these weights were learned from an example leaves.
 const OWN_MEMORY: f64 = 0.999;
 /// Half-lives of the rates that are projected, in tokens.
 const SHARED: [f32; 3] = [2.0, 8.0, 64.0];
-/// Most directions of the projection.
-const MAX_RANK: usize = 256;
-/// Fewest.
+/// Fewest directions of the projection.
 const MIN_RANK: usize = 32;
-/// Entries of the matrix: bounds the time of a plan, about 0.2 ms for each pass over it.
-const MAX_ENTRIES: usize = 1 << 20;
+/// Entries of the matrix: bounds the time of a plan, about 0.2 ms for each million.
+const MAX_ENTRIES: usize = 1 << 21;
+/// Tokens at the end of a prompt that are learned from, in each ubatch of it.
+const PROMPT_TAIL: usize = 256;
 
 /// Constants of the policy.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct PredictConfig {
-    /// Uses are discounted by half every so many tokens ...
-    pub target_half_life: f32,
+    /// Predicted uses by step that a candidate must have more than its victim.
+    pub margin: f64,
+    /// Steps before the uses that are predicted: what passes before a plan can serve any.
+    pub lag: u32,
+    /// Uses are discounted by half every so many steps ...
+    pub half_life: f64,
     /// ... and counted over so many.
-    pub horizon: usize,
-    /// Every so many tokens are an example to learn from: neighbours are alike.
-    pub stride: usize,
+    pub horizon: u32,
+    /// Whether the experts announce one another.
+    pub shared: bool,
+    /// Most directions that their rates are projected on.
+    pub rank: u32,
+    /// Every so many steps are an example to learn from: neighbours are alike.
+    pub stride: u32,
+    /// Likewise in a prompt; 0: none.
+    pub prompt_stride: u32,
     /// Ridge: pulls the matrix to zero.
     pub ridge: f64,
     /// How much of what was learned an example leaves.
     pub memory: f64,
-    /// Predicted uses by token that a candidate must have more than its victim.
-    pub margin: f32,
-    /// Whether the experts announce one another.
-    pub shared: bool,
+    /// Whether the matrix counts as far as it has been right, or fully.
+    pub trust: bool,
     /// Whether the weights of an expert's own rates are learned.
     pub own: bool,
+    /// Whether swaps stop that gain nothing.
+    pub give_up: bool,
 }
 
 impl Default for PredictConfig {
     fn default() -> Self {
         PredictConfig {
-            target_half_life: 4.0,
+            margin: 0.1,
+            lag: 1,
+            half_life: 4.0,
             horizon: 12,
-            stride: 4,
+            shared: true,
+            rank: 512,
+            stride: 2,
+            prompt_stride: 16,
             ridge: 50.0,
             memory: 0.9999,
-            margin: 0.1,
-            shared: true,
+            trust: true,
             own: true,
+            give_up: true,
         }
     }
+}
+
+impl Params for PredictConfig {
+    const PARAMS: &'static [Param<Self>] = &[
+        Param { key: "margin", kind: ParamKind::Number(|c| &mut c.margin, 0.0, 100.0, Some(0.0)) },
+        Param { key: "lag", kind: ParamKind::Count(|c| &mut c.lag, 0, 16, Some(0)) },
+        Param { key: "half-life", kind: ParamKind::Number(|c| &mut c.half_life, 0.5, 1000.0, None) },
+        Param { key: "horizon", kind: ParamKind::Count(|c| &mut c.horizon, 1, 256, None) },
+        Param { key: "shared", kind: ParamKind::Switch(|c| &mut c.shared) },
+        Param { key: "rank", kind: ParamKind::Count(|c| &mut c.rank, 32, 4096, None) },
+        Param { key: "stride", kind: ParamKind::Count(|c| &mut c.stride, 1, 1024, None) },
+        Param { key: "prompt-stride", kind: ParamKind::Count(|c| &mut c.prompt_stride, 0, 1024, Some(0)) },
+        Param { key: "ridge", kind: ParamKind::Number(|c| &mut c.ridge, 1e-3, 1e6, None) },
+        Param { key: "memory", kind: ParamKind::Number(|c| &mut c.memory, 0.9, 1.0, None) },
+        Param { key: "trust", kind: ParamKind::Switch(|c| &mut c.trust) },
+        Param { key: "own", kind: ParamKind::Switch(|c| &mut c.own) },
+        Param { key: "give-up", kind: ParamKind::Switch(|c| &mut c.give_up) },
+    ];
 }
 
 /// What was known when an example was taken.
 struct Example {
     /// Steps since then.
-    age: usize,
+    age: u32,
     /// The projected rates.
     z: Vec<f32>,
     /// The first part of the prediction.
@@ -93,7 +139,7 @@ pub struct Predict {
     config: PredictConfig,
     rank: usize,
     /// Steps observed.
-    now: usize,
+    now: u32,
     /// `rates[j][expert]`: uses a step with half-life `OWN[j]`.
     rates: [Vec<f32>; OWN.len()],
     used: Vec<bool>,
@@ -101,6 +147,10 @@ pub struct Predict {
     states: [Vec<f32>; SHARED.len()],
     /// Signs of each half-life, so that its state is told from the others'.
     signs: [Vec<f32>; SHARED.len()],
+    /// Signs of each expert: its direction, 1 or -1 by row.
+    directions: Vec<i8>,
+    rounds: Rounds,
+    evidence: Evidence,
     examples: VecDeque<Example>,
     spare: Vec<Example>,
     weights: [f64; OWN.len() + 1],
@@ -108,7 +158,7 @@ pub struct Predict {
     fit: SharedFit,
     residents: Residents,
     // scratch
-    row: Vec<f32>,
+    row: Vec<i16>,
     z: Vec<f32>,
     scores: Vec<f32>,
     candidates: Vec<(f32, Key)>,
@@ -138,7 +188,7 @@ struct SharedFit {
     error: Vec<f32>,
 }
 
-/// A bit of a hash by key and direction: a projection that needs no table.
+/// A hash, for signs that are the same on every machine.
 fn mix(mut x: u64) -> u64 {
     // splitmix64
     x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -147,8 +197,9 @@ fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-fn sign(bits: u64, i: usize) -> f32 {
-    if bits >> (i % 64) & 1 == 0 { 1.0 } else { -1.0 }
+/// Sign `i` of those that `of` has.
+fn sign(of: u64, i: usize) -> i8 {
+    if mix(of << 32 | (i / 64) as u64) >> (i % 64) & 1 == 0 { 1 } else { -1 }
 }
 
 fn decay(half_life: f32) -> f32 {
@@ -181,11 +232,50 @@ fn add_product(out: &mut [f32], matrix: &[f32], z: &[f32]) {
     );
 }
 
+/// `row[i] += direction[i]`.
+fn add_direction(row: &mut [i16], direction: &[i8]) {
+    wide(
+        #[inline(always)]
+        || row.iter_mut().zip(direction).for_each(|(r, d)| *r += i16::from(*d)),
+    );
+}
+
 /// `matrix[i][e] += gain[i] * error[e]`.
 fn add_outer(matrix: &mut [f32], gain: &[f64], error: &[f32]) {
     wide(
         #[inline(always)]
         || add_outer_lanes(matrix, gain, error),
+    );
+}
+
+/// `out[j] += sum over i of z[i] * matrix[i][j]`, in that order.
+fn add_columns(out: &mut [f64], matrix: &[f64], z: &[f32]) {
+    let n = out.len();
+    wide(
+        #[inline(always)]
+        || {
+            for (row, z) in matrix.chunks_exact(n).zip(z) {
+                let z = f64::from(*z);
+                for (o, m) in out.iter_mut().zip(row) {
+                    *o += z * m;
+                }
+            }
+        },
+    );
+}
+
+/// `matrix[i][j] = (matrix[i][j] - scale * gain[i] * gain[j]) * grow`.
+fn shrink(matrix: &mut [f64], gain: &[f64], scale: f64, grow: f64) {
+    wide(
+        #[inline(always)]
+        || {
+            for (row, g) in matrix.chunks_exact_mut(gain.len()).zip(gain) {
+                let g = g * scale;
+                for (m, gain) in row.iter_mut().zip(gain) {
+                    *m = (*m - g * gain) * grow;
+                }
+            }
+        },
     );
 }
 
@@ -289,7 +379,6 @@ impl SharedFit {
     }
 
     fn learn(&mut self, example: &Example, memory: f64) {
-        let rank = self.gain.len();
         let z = &example.z;
         self.error.fill(0.0);
         add_product(&mut self.error, &self.matrix, z);
@@ -303,20 +392,12 @@ impl SharedFit {
         self.with_truth = self.with_truth * 0.998 + with_truth;
         self.own = self.own * 0.998 + own;
 
-        let mut denominator = memory;
-        for (gain, row) in self.gain.iter_mut().zip(self.inverse.chunks_exact(rank)) {
-            *gain = row.iter().zip(z).map(|(p, z)| p * f64::from(*z)).sum();
-        }
-        for (gain, z) in self.gain.iter().zip(z) {
-            denominator += gain * f64::from(*z);
-        }
-        for i in 0..rank {
-            let g = self.gain[i] / denominator;
-            for j in 0..rank {
-                let p = &mut self.inverse[i * rank + j];
-                *p = (*p - g * self.gain[j]) / memory;
-            }
-        }
+        // the inverse is symmetric, so its rows are its columns
+        self.gain.fill(0.0);
+        add_columns(&mut self.gain, &self.inverse, z);
+        let spread: f64 = self.gain.iter().zip(z).map(|(gain, z)| gain * f64::from(*z)).sum();
+        let denominator = memory + spread;
+        shrink(&mut self.inverse, &self.gain, 1.0 / denominator, 1.0 / memory);
         for g in &mut self.gain {
             *g /= denominator;
         }
@@ -327,7 +408,7 @@ impl SharedFit {
 impl Predict {
     pub fn new(shape: PoolShape, config: PredictConfig) -> Self {
         let n = shape.n_keys();
-        let rank = (MAX_ENTRIES / n.max(1)).clamp(MIN_RANK, MAX_RANK);
+        let rank = (MAX_ENTRIES / n.max(1)).clamp(MIN_RANK, config.rank as usize);
         Predict {
             shape,
             config,
@@ -337,16 +418,18 @@ impl Predict {
             used: vec![false; n],
             states: std::array::from_fn(|_| vec![0.0; rank]),
             signs: std::array::from_fn(|h| {
-                let bits = |i: usize| mix(u64::MAX - (h * MAX_RANK + i / 64) as u64);
-                (0..rank).map(|i| sign(bits(i), i)).collect()
+                (0..rank).map(|i| f32::from(sign(u64::from(u32::MAX) - h as u64, i))).collect()
             }),
+            directions: (0..n * rank).map(|i| sign((i / rank) as u64, i % rank)).collect(),
+            rounds: Rounds::default(),
+            evidence: Evidence::new(shape),
             examples: VecDeque::new(),
             spare: Vec::new(),
             weights: OWN_WEIGHTS,
             own_fit: OwnFit::new(n),
             fit: SharedFit::new(rank + 1, n, config.ridge),
             residents: Residents::new(shape),
-            row: vec![0.0; rank],
+            row: vec![0; rank],
             z: vec![0.0; rank + 1],
             scores: vec![0.0; n],
             candidates: Vec::new(),
@@ -354,53 +437,59 @@ impl Predict {
         }
     }
 
-    /// One step in time: `ids` gives the expert and layer of each use.
-    fn step(&mut self, uses: impl Iterator<Item = usize> + Clone, learn: bool) {
-        self.now += 1;
-        for (rates, half_life) in self.rates.iter_mut().zip(OWN) {
-            let decay = decay(half_life);
-            rates.iter_mut().for_each(|r| *r *= decay);
-            for i in uses.clone() {
-                rates[i] += 1.0 - decay;
-            }
-        }
-        for i in uses.clone() {
-            self.used[i] = true;
-        }
+    /// One step in time.
+    fn step(&mut self, uses: &[u32], stride: u32) {
+        self.now = self.now.wrapping_add(1);
+        self.advance_rates(std::iter::once(uses));
         if self.config.shared {
-            self.row.fill(0.0);
-            for i in uses.clone() {
-                for (word, row) in self.row.chunks_mut(64).enumerate() {
-                    let bits = mix((i * MAX_RANK / 64 + word) as u64);
-                    for (b, v) in row.iter_mut().enumerate() {
-                        *v += sign(bits, b);
-                    }
-                }
+            self.row.fill(0);
+            for i in uses {
+                let direction = &self.directions[*i as usize * self.rank..][..self.rank];
+                add_direction(&mut self.row, direction);
             }
             for (state, half_life) in self.states.iter_mut().zip(SHARED) {
                 let decay = decay(half_life);
                 for (s, r) in state.iter_mut().zip(&self.row) {
-                    *s = *s * decay + *r * (1.0 - decay);
+                    *s = *s * decay + f32::from(*r) * (1.0 - decay);
                 }
             }
         }
-        if learn {
-            self.learn(uses);
+        self.learn(uses);
+        if stride > 0 && self.now.is_multiple_of(stride) {
+            self.take_example(self.now / stride);
         }
     }
 
-    fn learn(&mut self, uses: impl Iterator<Item = usize> + Clone) {
-        let discount = decay(self.config.target_half_life);
-        let total: f32 = (0..self.config.horizon).map(|d| discount.powi(d as i32)).sum();
+    /// The rates after some steps, the last one now.
+    fn advance_rates<'a>(&mut self, steps: impl ExactSizeIterator<Item = &'a [u32]> + Clone) {
+        let n = steps.len();
+        for (rates, half_life) in self.rates.iter_mut().zip(OWN) {
+            let decay = decay(half_life);
+            let all = decay.powi(n as i32);
+            rates.iter_mut().for_each(|r| *r *= all);
+            for (back, uses) in (0..n).rev().zip(steps.clone()) {
+                let share = decay.powi(back as i32) * (1.0 - decay);
+                uses.iter().for_each(|i| rates[*i as usize] += share);
+            }
+        }
+        for i in steps.flatten() {
+            self.used[*i as usize] = true;
+        }
+    }
+
+    /// Adds a step's uses to the examples, and learns from those that have all of theirs.
+    fn learn(&mut self, uses: &[u32]) {
+        let discount = decay(self.config.half_life as f32);
+        let (lag, horizon) = (self.config.lag, self.config.horizon);
+        let total: f32 = (0..horizon).map(|d| discount.powi(d as i32)).sum();
         for e in &mut self.examples {
-            let weight = discount.powi(e.age as i32) / total;
-            for i in uses.clone() {
-                e.uses[i] += weight;
+            if e.age >= lag {
+                let weight = discount.powi((e.age - lag) as i32) / total;
+                uses.iter().for_each(|i| e.uses[*i as usize] += weight);
             }
             e.age += 1;
         }
-        while self.examples.front().is_some_and(|e| e.age >= self.config.horizon) {
-            let example = self.examples.pop_front().expect("there is one");
+        while let Some(example) = self.examples.pop_front_if(|e| e.age >= lag + horizon) {
             if self.config.shared {
                 self.fit.learn(&example, self.config.memory);
             }
@@ -410,27 +499,29 @@ impl Predict {
             }
             self.spare.push(example);
         }
-        if self.now.is_multiple_of(self.config.stride) {
-            let n = self.shape.n_keys();
-            let mut e = self.spare.pop().unwrap_or_else(|| Example {
-                age: 0,
-                z: vec![0.0; self.rank + 1],
-                own: vec![0.0; n],
-                rates: Vec::new(),
-                uses: vec![0.0; n],
-            });
-            e.age = 0;
-            e.uses.fill(0.0);
-            self.project();
-            e.z.copy_from_slice(&self.z);
-            self.own_prediction();
-            e.own.copy_from_slice(&self.scores);
-            e.rates.clear();
-            if self.config.own && (self.now / self.config.stride).is_multiple_of(OWN_STRIDE) {
-                self.rates.iter().for_each(|r| e.rates.extend_from_slice(r));
-            }
-            self.examples.push_back(e);
+    }
+
+    /// Example number `number`: what is known now.
+    fn take_example(&mut self, number: u32) {
+        let n = self.shape.n_keys();
+        let mut e = self.spare.pop().unwrap_or_else(|| Example {
+            age: 0,
+            z: vec![0.0; self.rank + 1],
+            own: vec![0.0; n],
+            rates: Vec::new(),
+            uses: vec![0.0; n],
+        });
+        e.age = 0;
+        e.uses.fill(0.0);
+        self.project();
+        e.z.copy_from_slice(&self.z);
+        self.own_prediction();
+        e.own.copy_from_slice(&self.scores);
+        e.rates.clear();
+        if self.config.own && number.is_multiple_of(OWN_STRIDE) {
+            self.rates.iter().for_each(|r| e.rates.extend_from_slice(r));
         }
+        self.examples.push_back(e);
     }
 
     /// `z`: the projected rates and a constant.
@@ -459,7 +550,7 @@ impl Predict {
 
     fn predict(&mut self) {
         self.own_prediction();
-        let trust = self.fit.trust();
+        let trust = if self.config.trust { self.fit.trust() } else { 1.0 };
         if self.config.shared && trust > 0.0 {
             self.project();
             self.z.iter_mut().for_each(|z| *z *= trust);
@@ -474,28 +565,33 @@ impl Policy for Predict {
     }
 
     fn observe(&mut self, routed: Routed<'_>) {
-        let n = routed.n_tokens.max(1) as usize;
-        let shape = self.shape;
-        for t in 0..n {
-            let of = |(layer, ids): (usize, &Vec<u16>)| {
-                let each = ids.len() / n;
-                let range = t * each..if t + 1 == n { ids.len() } else { (t + 1) * each };
-                (layer, range)
-            };
-            let uses = routed.ids.iter().enumerate().flat_map(move |(layer, ids)| {
-                let (layer, range) = of((layer, ids));
-                ids[range].iter().map(move |&expert| shape.index(Key { layer: layer as u16, expert }))
-            });
-            self.step(uses, true);
+        let mut rounds = std::mem::take(&mut self.rounds);
+        for uses in rounds.split(self.shape, routed) {
+            self.evidence.step(uses);
+            self.step(uses, self.config.stride);
         }
+        self.rounds = rounds;
     }
 
-    fn observe_prompt(&mut self, _routed: Routed<'_>) {}
+    fn observe_prompt(&mut self, routed: Routed<'_>) {
+        let mut rounds = std::mem::take(&mut self.rounds);
+        let steps = rounds.split(self.shape, routed);
+        // what came before is of another text, or of the last ubatch of this prompt
+        self.evidence.cut();
+        self.spare.extend(self.examples.drain(..));
+        let (head, tail) = steps.split_at(steps.len().saturating_sub(PROMPT_TAIL));
+        self.advance_rates(head.iter().map(Vec::as_slice));
+        tail.iter().for_each(|uses| self.step(uses, self.config.prompt_stride));
+        self.rounds = rounds;
+    }
+
+    fn gave_up(&self) -> bool {
+        self.config.give_up && self.evidence.gave_up()
+    }
 
     fn plan(&mut self, slots: &[Option<Key>], limits: Limits, out: &mut Vec<Swap>) {
         self.predict();
         self.residents.set(self.shape, slots);
-        let most = limits.max_swaps as usize;
         self.candidates.clear();
         self.victims.clear();
         for (i, used) in self.used.iter().enumerate() {
@@ -510,14 +606,18 @@ impl Policy for Predict {
         }
         self.candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         self.victims.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
-        let margin = self.config.margin;
+        let margin = self.config.margin as f32;
+        let from = out.len();
         super::residency::swaps(
             slots,
             self.candidates.iter().copied(),
             self.victims.iter().map(|v| (v.0, v.2)),
             |new, old| new > old.max(0.0) + margin,
-            Limits { max_swaps: most as u32 },
+            limits,
             out,
         );
+        if self.config.give_up {
+            self.evidence.filter(out, from);
+        }
     }
 }

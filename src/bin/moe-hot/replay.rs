@@ -7,11 +7,11 @@ use clap::ValueEnum;
 use moe_hot::{
     cost::CostFile,
     plot::{self, Line},
-    policy::PolicyKind,
+    policy::{PolicyKind, PolicySpec},
     replay::{self, Outcome, Routing, Scope},
 };
 
-use crate::{parallel, policy, read, table};
+use crate::{parallel, read, table};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -27,9 +27,9 @@ pub struct Args {
     /// Tokens between two plans.
     #[arg(long, value_delimiter = ',', default_value = "4", value_parser = clap::value_parser!(u32).range(1..))]
     interval: Vec<u32>,
-    /// Policies [default: all].
-    #[arg(long, value_delimiter = ',', value_parser = policy)]
-    policy: Vec<PolicyKind>,
+    /// Policies, each NAME[:KEY=VALUE...] as in --moe-hot-policy [default: all].
+    #[arg(long, value_name = "POLICY,...", value_parser = policies)]
+    policy: Vec<Policies>,
     /// Uses of experts for each one that a plan may upload [default: as in the recorded run, which is 8 with
     /// slots in VRAM and 64 in host memory].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -69,12 +69,20 @@ fn picture(text: &str) -> Result<PathBuf, String> {
     plot::check_name(&path).map(|()| path)
 }
 
+/// Policies separated by commas: the constants of each may be too, so clap cannot tell them apart.
+#[derive(Clone)]
+struct Policies(Vec<PolicySpec>);
+
+fn policies(text: &str) -> Result<Policies, String> {
+    PolicySpec::list(text).map(Policies).map_err(|e| format!("expected {e}"))
+}
+
 /// What is run over a trace.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 enum Contender {
     Optimum(Scope),
     Hindsight,
-    Policy { kind: PolicyKind, interval: u32 },
+    Policy { spec: PolicySpec, interval: u32 },
 }
 
 impl Contender {
@@ -83,7 +91,7 @@ impl Contender {
             Contender::Optimum(Scope::Pool) => "optimum".into(),
             Contender::Optimum(Scope::Layer) => "optimum/layer".into(),
             Contender::Hindsight => "hindsight".into(),
-            Contender::Policy { kind, .. } => kind.to_string(),
+            Contender::Policy { spec, .. } => spec.to_string(),
         }
     }
 
@@ -98,7 +106,7 @@ impl Contender {
         match self {
             Contender::Optimum(scope) => replay::optimum(routing, k, scope),
             Contender::Hindsight => replay::hindsight(routing, k),
-            Contender::Policy { kind, interval } => replay::replay(routing, kind, k, interval, |_, _, _| {}),
+            Contender::Policy { spec, interval } => replay::replay(routing, spec, k, interval, |_, _, _| {}),
         }
     }
 }
@@ -241,12 +249,15 @@ pub fn run(args: &Args) -> Result<(), String> {
     let slots = traces.iter().map(|t| slots(args, t)).collect::<Result<Vec<_>, _>>()?;
     let n_budgets = slots.first().map_or(0, Vec::len);
 
-    let policies: Vec<PolicyKind> =
-        if args.policy.is_empty() { PolicyKind::all().collect() } else { args.policy.clone() };
+    let policies: Vec<PolicySpec> = if args.policy.is_empty() {
+        PolicyKind::all().map(PolicySpec::from).collect()
+    } else {
+        args.policy.iter().flat_map(|p| p.0.clone()).collect()
+    };
     let mut contenders =
         vec![Contender::Optimum(Scope::Pool), Contender::Optimum(Scope::Layer), Contender::Hindsight];
     for &interval in &args.interval {
-        contenders.extend(policies.iter().map(|&kind| Contender::Policy { kind, interval }));
+        contenders.extend(policies.iter().map(|&spec| Contender::Policy { spec, interval }));
     }
     let n = contenders.len();
     // by trace, then budget, then contender
