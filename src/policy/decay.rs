@@ -7,7 +7,7 @@
 
 use super::{
     Key, Limits, Policy, PoolShape, Routed, Swap,
-    evidence::Evidence,
+    evidence::{Evidence, keep_fills},
     residency::{Residents, Touched, swaps},
     rounds::Rounds,
     spec::{Param, ParamKind, Params},
@@ -188,8 +188,9 @@ impl Policy for Decay {
             limits,
             out,
         );
-        if self.config.give_up {
-            self.evidence.filter(out, from);
+        self.evidence.watch(&out[from..]);
+        if self.gave_up() {
+            keep_fills(out, from);
         }
         self.candidates = candidates;
         // a use that did not pass the gate may pass it with the next one, as long as its window lasts

@@ -14,11 +14,13 @@ const DELAY: u64 = 2;
 const FOLLOWED: u64 = 32;
 /// Swaps remembered.
 const MEMORY: f64 = 512.0;
-/// Uses that a swap has to gain on average. Less is chance: over this memory the mean of swaps that gain
-/// nothing stays within 0.4 where an eighth of the experts is used.
-const STOP: f64 = 0.5;
-/// What it has to gain so that swaps begin again.
-const RESUME: f64 = 1.0;
+/// Uses that a swap has to gain on average. On text it is 0.5 to 5; where it is zero, the mean over this memory
+/// soon comes below this ...
+const STOP: f64 = 0.3;
+/// ... and does not come above this by chance: then swaps would begin again.
+const RESUME: f64 = 0.8;
+/// Most that a margin grows.
+const MOST_CAUTION: f64 = 3.0;
 /// What swaps are taken to gain before any was followed to its end ...
 const PRIOR: f64 = 2.0;
 /// ... and how many swaps' worth this is.
@@ -88,28 +90,35 @@ impl Evidence {
         self.made = 0;
     }
 
-    /// The swaps that the policy wants now. When it gave up, those that would evict are taken away.
-    pub fn filter(&mut self, wanted: &mut Vec<Swap>, from: usize) {
-        for s in &wanted[from..] {
+    /// The swaps that the policy wants now, made or not.
+    pub fn watch(&mut self, wanted: &[Swap]) {
+        for s in wanted {
             if let Some(evict) = s.evict {
                 let (admit, evict) = (self.shape.index(s.admit) as u32, self.shape.index(evict) as u32);
                 self.trades.push_back(Trade { at: self.now, admit, evict, before: 0 });
             }
         }
-        if self.gave_up {
-            let fills = wanted.split_off(from).into_iter().filter(|s| s.evict.is_none());
-            wanted.extend(fills);
-        }
     }
 
     /// Uses that a swap gains on average.
-    pub fn mean(&self) -> f64 {
+    fn mean(&self) -> f64 {
         self.gain / self.weight
+    }
+
+    /// By how much a margin should grow so that a swap gains a use at least: its copy reads as much as that.
+    pub fn caution(&self) -> f32 {
+        (1.0 / self.mean().max(1.0 / MOST_CAUTION)).max(1.0) as f32
     }
 
     pub fn gave_up(&self) -> bool {
         self.gave_up
     }
+}
+
+/// Takes away the swaps from `from` on that evict.
+pub fn keep_fills(swaps: &mut Vec<Swap>, from: usize) {
+    let fills = swaps.split_off(from).into_iter().filter(|s| s.evict.is_none());
+    swaps.extend(fills);
 }
 
 /// Uses so far of who comes less those of who leaves.

@@ -28,7 +28,7 @@ use std::collections::VecDeque;
 
 use super::{
     Key, Limits, Policy, PoolShape, Routed, Swap,
-    evidence::Evidence,
+    evidence::{Evidence, keep_fills},
     residency::Residents,
     rounds::Rounds,
     spec::{Param, ParamKind, Params},
@@ -44,6 +44,8 @@ const OWN_STRIDE: u32 = 4;
 const OWN_MEMORY: f64 = 0.999;
 /// Half-lives of the rates that are projected, in tokens.
 const SHARED: [f32; 3] = [2.0, 8.0, 64.0];
+/// Uses by token of the model that the ridge was tuned with.
+const TUNED_USES: f32 = 48.0;
 /// Fewest directions of the projection.
 const MIN_RANK: usize = 32;
 /// Entries of the matrix: bounds the time of a plan, about 0.2 ms for each million.
@@ -78,6 +80,8 @@ pub struct PredictConfig {
     pub trust: bool,
     /// Whether the weights of an expert's own rates are learned.
     pub own: bool,
+    /// Whether the margin grows while swaps gain less than the copy.
+    pub caution: bool,
     /// Whether swaps stop that gain nothing.
     pub give_up: bool,
 }
@@ -85,10 +89,10 @@ pub struct PredictConfig {
 impl Default for PredictConfig {
     fn default() -> Self {
         PredictConfig {
-            margin: 0.1,
+            margin: 0.12,
             lag: 1,
-            half_life: 4.0,
-            horizon: 12,
+            half_life: 3.0,
+            horizon: 8,
             shared: true,
             rank: 512,
             stride: 2,
@@ -97,6 +101,7 @@ impl Default for PredictConfig {
             memory: 0.9999,
             trust: true,
             own: true,
+            caution: true,
             give_up: true,
         }
     }
@@ -116,6 +121,7 @@ impl Params for PredictConfig {
         Param { key: "memory", kind: ParamKind::Number(|c| &mut c.memory, 0.9, 1.0, None) },
         Param { key: "trust", kind: ParamKind::Switch(|c| &mut c.trust) },
         Param { key: "own", kind: ParamKind::Switch(|c| &mut c.own) },
+        Param { key: "caution", kind: ParamKind::Switch(|c| &mut c.caution) },
         Param { key: "give-up", kind: ParamKind::Switch(|c| &mut c.give_up) },
     ];
 }
@@ -532,7 +538,9 @@ impl Predict {
                 *z += s * sign;
             }
         }
-        let scale = 1.0 / (self.rank as f32).sqrt();
+        // as large whatever number of experts a step uses, so that the ridge fits every model
+        let uses = f32::from(self.shape.n_layers) * f32::from(self.shape.n_used);
+        let scale = (TUNED_USES / uses.max(1.0) / self.rank as f32).sqrt();
         self.z.iter_mut().for_each(|z| *z *= scale);
         self.z[self.rank] = 0.3;
     }
@@ -606,7 +614,8 @@ impl Policy for Predict {
         }
         self.candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         self.victims.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
-        let margin = self.config.margin as f32;
+        let caution = if self.config.caution { self.evidence.caution() } else { 1.0 };
+        let margin = self.config.margin as f32 * caution;
         let from = out.len();
         super::residency::swaps(
             slots,
@@ -616,8 +625,9 @@ impl Policy for Predict {
             limits,
             out,
         );
-        if self.config.give_up {
-            self.evidence.filter(out, from);
+        self.evidence.watch(&out[from..]);
+        if self.gave_up() {
+            keep_fills(out, from);
         }
     }
 }

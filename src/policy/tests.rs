@@ -381,3 +381,185 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_policy_and_its_constants_go_back_and_forth_as_text() {
+    let cases = [
+        ("lru", "lru"),
+        ("decay", "decay"),
+        ("decay:half-life=32", "decay"),
+        ("decay:half-life=64,gate=off", "decay:half-life=64:gate=1"),
+        ("predict:shared=off:margin=0.25", "predict:margin=0.25:shared=off"),
+        (
+            "predict:margin=off,trust=off,own=off,lag=off,give-up=off",
+            "predict:margin=0:lag=0:trust=off:own=off:give-up=off",
+        ),
+    ];
+    for (text, canonical) in cases {
+        let spec: PolicySpec = text.parse().unwrap();
+        assert_eq!(spec.to_string(), canonical);
+        assert_eq!(canonical.parse(), Ok(spec));
+        assert_eq!(build(spec, shape(1, 4, 2)).name(), spec.kind().to_string());
+    }
+    assert_eq!(PolicySpec::default(), PolicyKind::default().into());
+}
+
+#[test]
+fn a_policy_that_is_none_is_refused_with_what_is_allowed() {
+    let decay = "KEY=VALUE, with a key of half-life, gate, gate-tokens, margin, give-up, after decay";
+    let cases = [
+        ("", "one of decay, lru, lfu, static, lfru, s3fifo, predict"),
+        ("fifo:margin=1", "one of decay, lru, lfu, static, lfru, s3fifo, predict"),
+        ("decay:", &format!("{decay}, not ''")),
+        ("decay:margin", &format!("{decay}, not 'margin'")),
+        ("decay:margin=2:", &format!("{decay}, not ''")),
+        ("static:margin=2", "nothing after static, not 'margin=2'"),
+        ("decay:margin=nan", "margin to be a number from 1 to 100, or off, not 'nan'"),
+        ("decay:margin=0.5", "margin to be a number from 1 to 100, or off, not '0.5'"),
+        ("decay:half-life=off", "half-life to be a number from 0.5 to 1000000, not 'off'"),
+        ("predict:lag=17", "lag to be a whole number from 0 to 16, or off, not '17'"),
+        ("predict:shared=no", "shared to be on or off, not 'no'"),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(text.parse::<PolicySpec>().unwrap_err().to_string(), expected, "{text}");
+    }
+}
+
+#[test]
+fn a_list_of_policies_keeps_the_constants_of_each_together() {
+    let list = PolicySpec::list("decay,predict:margin=0.2,shared=off,lru,decay:gate=off").unwrap();
+    let texts: Vec<_> = list.iter().map(PolicySpec::to_string).collect();
+    assert_eq!(texts, ["decay", "predict:margin=0.2:shared=off", "lru", "decay:gate=1"]);
+    assert_eq!(PolicySpec::list("decay,").unwrap_err(), PolicyError::Name);
+    assert_eq!(PolicySpec::list("margin=2,lru").unwrap_err(), PolicyError::Name);
+}
+
+/// Each rule of a policy that can be turned off changes what it does.
+#[test]
+fn every_rule_that_is_off_changes_the_decisions() {
+    let uses = |t: u16| -> Vec<u16> {
+        // blocks of 40 tokens with six experts of their own, one of them by turns, and strangers
+        let block = t / 40 % 6;
+        vec![block * 6 + t % 6, block * 6 + t / 2 % 6, 36 + t * 7 % 28]
+    };
+    let run = |text: &str| {
+        let spec: PolicySpec = text.parse().unwrap();
+        let mut p = Pool { policy: build(spec, shape(1, 64, 8)), slots: vec![None; 8] };
+        (0..2000).map(|t| p.token(&uses(t))).collect::<Vec<_>>()
+    };
+    let (decay, predict) = (run("decay"), run("predict"));
+    for rule in ["gate=off", "margin=off", "half-life=8", "gate-tokens=4"] {
+        assert!(run(&format!("decay:{rule}")) != decay, "decay:{rule}");
+    }
+    for rule in [
+        "shared=off",
+        "own=off",
+        "trust=off",
+        "lag=off",
+        "margin=off",
+        "stride=8",
+        "half-life=8",
+        "horizon=4",
+    ] {
+        assert!(run(&format!("predict:{rule}")) != predict, "predict:{rule}");
+    }
+}
+
+/// Random experts of each layer, `n` a token.
+fn random_token(state: &mut u64, shape: PoolShape) -> Vec<Vec<u16>> {
+    (0..shape.n_layers)
+        .map(|_| {
+            let mut ids: Vec<u16> = Vec::new();
+            while ids.len() < usize::from(shape.n_used) {
+                *state ^= *state << 13;
+                *state ^= *state >> 7;
+                *state ^= *state << 17;
+                let id = (*state >> 33) as u16 % shape.n_expert;
+                if !ids.contains(&id) {
+                    ids.push(id);
+                }
+            }
+            ids
+        })
+        .collect()
+}
+
+#[test]
+fn where_all_experts_are_used_alike_swaps_stop_until_they_are_not() {
+    let shape = PoolShape { n_layers: 4, n_expert: 32, n_used: 4, n_slots: 32, expert_bytes: 1 };
+    for text in ["decay", "predict"] {
+        let mut p = Pool { policy: build(text.parse::<PolicySpec>().unwrap(), shape), slots: vec![None; 32] };
+        let mut state = 1;
+        let mut token = |p: &mut Pool, ids: &[Vec<u16>]| {
+            p.policy.observe(routed(1, ids));
+            p.plan(Limits { max_swaps: 2 }).len()
+        };
+        let mut swaps: Vec<usize> = Vec::new();
+        for _ in 0..2000 {
+            let ids = random_token(&mut state, shape);
+            swaps.push(token(&mut p, &ids));
+        }
+        assert!(p.policy.gave_up(), "{text}");
+        let late: usize = swaps[500..].iter().sum();
+        assert!(late <= 15, "{text}: {late} swaps in 1500 tokens with full slots");
+        // now a text: four experts of each layer, and not those that have slots
+        let text_ids: Vec<Vec<u16>> = (0..4)
+            .map(|l| (0..32).filter(|e| !p.slots.contains(&Some(key(l, *e)))).take(4).collect())
+            .collect();
+        let back = (0..500).find(|_| {
+            token(&mut p, &text_ids);
+            !p.policy.gave_up()
+        });
+        assert!(back.is_some_and(|t| t <= 64), "{text}: swaps again after {back:?} tokens");
+    }
+}
+
+#[test]
+fn without_the_rule_that_stops_them_swaps_go_on_for_nothing() {
+    let shape = PoolShape { n_layers: 4, n_expert: 32, n_used: 4, n_slots: 32, expert_bytes: 1 };
+    for text in ["decay:give-up=off", "predict:give-up=off"] {
+        let mut p = Pool { policy: build(text.parse::<PolicySpec>().unwrap(), shape), slots: vec![None; 32] };
+        let mut state = 1;
+        let mut swaps = 0;
+        for t in 0..1000 {
+            p.policy.observe(routed(1, &random_token(&mut state, shape)));
+            let n = p.plan(Limits { max_swaps: 2 }).len();
+            swaps += if t >= 500 { n } else { 0 };
+        }
+        assert!(!p.policy.gave_up() && swaps > 100, "{text}: {swaps}");
+    }
+}
+
+#[test]
+fn predict_starts_warm_from_a_prompt() {
+    for last_layer in [512, 1] {
+        let shape = PoolShape { n_layers: 2, n_expert: 32, n_used: 2, n_slots: 4, expert_bytes: 1 };
+        let mut p = Pool { policy: build(PolicyKind::Predict, shape), slots: vec![None; 4] };
+        let of = |n: usize, ids: [u16; 2]| ids.repeat(n);
+        let ids = [of(512, [5, 9]), of(last_layer, [7, 8])];
+        p.policy.observe_prompt(routed(512, &ids));
+        p.plan(NO_LIMIT);
+        let residents: HashSet<_> = p.slots.iter().flatten().copied().collect();
+        assert_eq!(residents, HashSet::from([key(0, 5), key(0, 9), key(1, 7), key(1, 8)]));
+    }
+}
+
+#[test]
+fn predict_takes_sequences_apart() {
+    // A sequence whose expert B follows A, beside one that uses others: the same decisions whatever the order of
+    // the tokens in the ubatch, and not those that the tokens of one text would bring
+    let run = |sequences: &[u32], swapped: bool| {
+        let mut p = Pool::new(PolicyKind::Predict, shape(1, 64, 6));
+        (0..800u16)
+            .map(|t| {
+                let (a, b) = ([t % 8, 20 + t % 4], [30 + t / 16 % 16, 46 + t % 5]);
+                let ids = if swapped { [b, a] } else { [a, b] }.concat();
+                p.policy.observe(Routed { n_tokens: 2, sequences, ids: &[ids] });
+                p.plan(Limits { max_swaps: 1 })
+            })
+            .collect::<Vec<_>>()
+    };
+    let apart = run(&[0, 1], false);
+    assert!(apart == run(&[1, 0], true));
+    assert!(apart != run(&[], false));
+}
