@@ -115,7 +115,7 @@ impl Policy for Decay {
         let mut rounds = std::mem::take(&mut self.rounds);
         for uses in rounds.split(self.shape, routed) {
             self.now += 1;
-            self.evidence.step(uses);
+            self.evidence.step(uses, self.residents.misses(uses));
             for &i in uses {
                 let i = i as usize;
                 let score = self.score(i) + 1.0;

@@ -13,7 +13,7 @@ const DELAY: u64 = 2;
 /// Steps that a swap is followed for after that.
 const FOLLOWED: u64 = 32;
 /// Swaps remembered.
-const MEMORY: f64 = 512.0;
+const MEMORY: f64 = 256.0;
 /// Uses that a swap has to gain on average. On text it is 0.5 to 5; where it is zero, the mean over this memory
 /// soon comes below this ...
 const STOP: f64 = 0.3;
@@ -24,7 +24,10 @@ const MOST_CAUTION: f64 = 3.0;
 /// What swaps are taken to gain before any was followed to its end ...
 const PRIOR: f64 = 2.0;
 /// ... and how many swaps' worth this is.
-const PRIOR_WEIGHT: f64 = 32.0;
+const PRIOR_WEIGHT: f64 = 16.0;
+/// So many uses without a slot count as a swap that gains nothing: a policy that wants none while they go on
+/// has nothing to gain either.
+const IDLE: f64 = 200.0;
 
 struct Trade {
     /// Step at which it was wanted.
@@ -44,6 +47,8 @@ pub struct Evidence {
     trades: VecDeque<Trade>,
     /// How many of them, from the front, would have been made by now.
     made: usize,
+    /// Who would come by one of them. Wanted again while followed, a swap tells nothing new.
+    followed: Vec<bool>,
     /// Sum of what they gained and number, the older the less.
     gain: f64,
     weight: f64,
@@ -58,14 +63,15 @@ impl Evidence {
             uses: vec![0; shape.n_keys()],
             trades: VecDeque::new(),
             made: 0,
+            followed: vec![false; shape.n_keys()],
             gain: PRIOR * PRIOR_WEIGHT,
             weight: PRIOR_WEIGHT,
             gave_up: false,
         }
     }
 
-    /// One step of decode.
-    pub fn step(&mut self, uses: &[u32]) {
+    /// One step of decode; `misses` of the uses were of experts without a slot.
+    pub fn step(&mut self, uses: &[u32], misses: usize) {
         self.now += 1;
         for i in uses {
             let n = &mut self.uses[*i as usize];
@@ -77,17 +83,26 @@ impl Evidence {
         }
         while let Some(trade) = self.trades.pop_front_if(|t| t.at + DELAY + FOLLOWED <= self.now) {
             self.made -= 1;
-            let keep = 1.0 - 1.0 / MEMORY;
-            self.gain = self.gain * keep + (difference(&self.uses, &trade) - trade.before) as f64;
-            self.weight = self.weight * keep + 1.0;
+            self.followed[trade.admit as usize] = false;
+            let gain = difference(&self.uses, &trade) - trade.before;
+            self.remember(gain as f64, 1.0);
         }
+        self.remember(0.0, misses as f64 / IDLE);
         self.gave_up = self.mean() < if self.gave_up { RESUME } else { STOP };
+    }
+
+    /// Swaps in number `weight` that gained `gain` together.
+    fn remember(&mut self, gain: f64, weight: f64) {
+        let keep = (1.0 - weight / MEMORY).max(0.0);
+        self.gain = self.gain * keep + gain;
+        self.weight = self.weight * keep + weight;
     }
 
     /// Another text: nothing that was wanted for the last one can be followed further.
     pub fn cut(&mut self) {
         self.trades.clear();
         self.made = 0;
+        self.followed.fill(false);
     }
 
     /// The swaps that the policy wants now, made or not.
@@ -95,7 +110,9 @@ impl Evidence {
         for s in wanted {
             if let Some(evict) = s.evict {
                 let (admit, evict) = (self.shape.index(s.admit) as u32, self.shape.index(evict) as u32);
-                self.trades.push_back(Trade { at: self.now, admit, evict, before: 0 });
+                if !std::mem::replace(&mut self.followed[admit as usize], true) {
+                    self.trades.push_back(Trade { at: self.now, admit, evict, before: 0 });
+                }
             }
         }
     }

@@ -13,6 +13,7 @@ mod lru;
 mod predict;
 mod residency;
 mod rounds;
+mod rows;
 mod s3fifo;
 mod spec;
 

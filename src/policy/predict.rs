@@ -31,6 +31,7 @@ use super::{
     evidence::{Evidence, keep_fills},
     residency::Residents,
     rounds::Rounds,
+    rows,
     spec::{Param, ParamKind, Params},
 };
 
@@ -212,100 +213,21 @@ fn decay(half_life: f32) -> f32 {
     (-1.0 / half_life).exp2()
 }
 
-/// Runs `f` compiled for AVX2 where the CPU has it. Lanes are independent and nothing is fused, so the
-/// result is the same.
-#[inline]
-fn wide(f: impl FnOnce()) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2(f: impl FnOnce()) {
-            f();
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the CPU has it.
-            return unsafe { avx2(f) };
-        }
-    }
-    f();
-}
-
 /// `out[e] += sum over i of z[i] * matrix[i][e]`, in that order.
 fn add_product(out: &mut [f32], matrix: &[f32], z: &[f32]) {
-    wide(
-        #[inline(always)]
-        || add_product_lanes(out, matrix, z),
-    );
-}
-
-/// `row[i] += direction[i]`.
-fn add_direction(row: &mut [i16], direction: &[i8]) {
-    wide(
-        #[inline(always)]
-        || row.iter_mut().zip(direction).for_each(|(r, d)| *r += i16::from(*d)),
-    );
-}
-
-/// `matrix[i][e] += gain[i] * error[e]`.
-fn add_outer(matrix: &mut [f32], gain: &[f64], error: &[f32]) {
-    wide(
-        #[inline(always)]
-        || add_outer_lanes(matrix, gain, error),
-    );
-}
-
-/// `out[j] += sum over i of z[i] * matrix[i][j]`, in that order.
-fn add_columns(out: &mut [f64], matrix: &[f64], z: &[f32]) {
-    let n = out.len();
-    wide(
-        #[inline(always)]
-        || {
-            for (row, z) in matrix.chunks_exact(n).zip(z) {
-                let z = f64::from(*z);
-                for (o, m) in out.iter_mut().zip(row) {
-                    *o += z * m;
-                }
-            }
-        },
-    );
-}
-
-/// `matrix[i][j] = (matrix[i][j] - scale * gain[i] * gain[j]) * grow`.
-fn shrink(matrix: &mut [f64], gain: &[f64], scale: f64, grow: f64) {
-    wide(
-        #[inline(always)]
-        || {
-            for (row, g) in matrix.chunks_exact_mut(gain.len()).zip(gain) {
-                let g = g * scale;
-                for (m, gain) in row.iter_mut().zip(gain) {
-                    *m = (*m - g * gain) * grow;
-                }
-            }
-        },
-    );
-}
-
-#[inline(always)]
-fn add_product_lanes(out: &mut [f32], matrix: &[f32], z: &[f32]) {
     const BLOCK: usize = 1024; // of `out` that stays in the first cache
     let n = out.len();
     for (b, out) in out.chunks_mut(BLOCK).enumerate() {
         for (i, z) in z.iter().enumerate() {
-            let row = &matrix[i * n + b * BLOCK..][..out.len()];
-            for (o, m) in out.iter_mut().zip(row) {
-                *o += z * m;
-            }
+            rows::add_scaled(out, &matrix[i * n + b * BLOCK..][..out.len()], *z);
         }
     }
 }
 
-#[inline(always)]
-fn add_outer_lanes(matrix: &mut [f32], gain: &[f64], error: &[f32]) {
+/// `matrix[i][e] += gain[i] * error[e]`.
+fn add_outer(matrix: &mut [f32], gain: &[f64], error: &[f32]) {
     for (row, g) in matrix.chunks_exact_mut(error.len()).zip(gain) {
-        let g = *g as f32;
-        for (m, e) in row.iter_mut().zip(error) {
-            *m += g * e;
-        }
+        rows::add_scaled(row, error, *g as f32);
     }
 }
 
@@ -385,6 +307,7 @@ impl SharedFit {
     }
 
     fn learn(&mut self, example: &Example, memory: f64) {
+        let rank = self.gain.len();
         let z = &example.z;
         self.error.fill(0.0);
         add_product(&mut self.error, &self.matrix, z);
@@ -400,10 +323,14 @@ impl SharedFit {
 
         // the inverse is symmetric, so its rows are its columns
         self.gain.fill(0.0);
-        add_columns(&mut self.gain, &self.inverse, z);
+        for (row, z) in self.inverse.chunks_exact(rank).zip(z) {
+            rows::add_scaled_f64(&mut self.gain, row, f64::from(*z));
+        }
         let spread: f64 = self.gain.iter().zip(z).map(|(gain, z)| gain * f64::from(*z)).sum();
         let denominator = memory + spread;
-        shrink(&mut self.inverse, &self.gain, 1.0 / denominator, 1.0 / memory);
+        for (row, g) in self.inverse.chunks_exact_mut(rank).zip(&self.gain) {
+            rows::subtract_and_grow(row, &self.gain, g / denominator, 1.0 / memory);
+        }
         for g in &mut self.gain {
             *g /= denominator;
         }
@@ -451,7 +378,7 @@ impl Predict {
             self.row.fill(0);
             for i in uses {
                 let direction = &self.directions[*i as usize * self.rank..][..self.rank];
-                add_direction(&mut self.row, direction);
+                rows::add_signs(&mut self.row, direction);
             }
             for (state, half_life) in self.states.iter_mut().zip(SHARED) {
                 let decay = decay(half_life);
@@ -575,7 +502,7 @@ impl Policy for Predict {
     fn observe(&mut self, routed: Routed<'_>) {
         let mut rounds = std::mem::take(&mut self.rounds);
         for uses in rounds.split(self.shape, routed) {
-            self.evidence.step(uses);
+            self.evidence.step(uses, self.residents.misses(uses));
             self.step(uses, self.config.stride);
         }
         self.rounds = rounds;

@@ -53,6 +53,11 @@ impl Residents {
     pub fn has(&self, index: usize) -> bool {
         self.0[index]
     }
+
+    /// Uses of experts that had none at the last plan.
+    pub fn misses(&self, uses: &[u32]) -> usize {
+        uses.iter().filter(|i| !self.has(**i as usize)).count()
+    }
 }
 
 /// Pairs candidates, best first, with free slots and then with residents, worst first, as long as

@@ -495,13 +495,13 @@ fn where_all_experts_are_used_alike_swaps_stop_until_they_are_not() {
             p.plan(Limits { max_swaps: 2 }).len()
         };
         let mut swaps: Vec<usize> = Vec::new();
-        for _ in 0..2000 {
+        for _ in 0..3000 {
             let ids = random_token(&mut state, shape);
             swaps.push(token(&mut p, &ids));
         }
         assert!(p.policy.gave_up(), "{text}");
         let late: usize = swaps[500..].iter().sum();
-        assert!(late <= 15, "{text}: {late} swaps in 1500 tokens with full slots");
+        assert!(late <= 15, "{text}: {late} swaps in 2500 tokens with full slots");
         // now a text: four experts of each layer, and not those that have slots
         let text_ids: Vec<Vec<u16>> = (0..4)
             .map(|l| (0..32).filter(|e| !p.slots.contains(&Some(key(l, *e)))).take(4).collect())
@@ -510,14 +510,15 @@ fn where_all_experts_are_used_alike_swaps_stop_until_they_are_not() {
             token(&mut p, &text_ids);
             !p.policy.gave_up()
         });
-        assert!(back.is_some_and(|t| t <= 64), "{text}: swaps again after {back:?} tokens");
+        assert!(back.is_some_and(|t| t <= 128), "{text}: swaps again after {back:?} tokens");
     }
 }
 
 #[test]
 fn without_the_rule_that_stops_them_swaps_go_on_for_nothing() {
     let shape = PoolShape { n_layers: 4, n_expert: 32, n_used: 4, n_slots: 32, expert_bytes: 1 };
-    for text in ["decay:give-up=off", "predict:give-up=off"] {
+    // predict learns that rates tell nothing, unless it is kept from that
+    for text in ["decay:give-up=off", "predict:give-up=off:own=off:caution=off"] {
         let mut p = Pool { policy: build(text.parse::<PolicySpec>().unwrap(), shape), slots: vec![None; 32] };
         let mut state = 1;
         let mut swaps = 0;
