@@ -16,7 +16,7 @@ const FOLLOWED: u64 = 32;
 const MEMORY: f64 = 256.0;
 /// Uses that a swap has to gain on average. On text it is 0.5 to 5; where it is zero, the mean over this memory
 /// soon comes below this ...
-const STOP: f64 = 0.3;
+const STOP: f64 = 0.1;
 /// ... and does not come above this by chance: then swaps would begin again.
 const RESUME: f64 = 0.8;
 /// Most that a margin grows.
