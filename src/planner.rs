@@ -15,6 +15,7 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
+    log::{Level, log},
     policy::{Key, Limits, Policy, PoolShape, Routed, Swap},
     warm::Keeper,
 };
@@ -71,6 +72,8 @@ struct Worker {
     plan: Option<Vec<Vec<Swap>>>,
     /// Counts for the next run.
     keeper: Option<Keeper>,
+    /// Whether it has been said that a policy gave up.
+    told: bool,
     // scratch
     ids: Vec<Vec<u16>>,
 }
@@ -86,7 +89,7 @@ pub struct Planner {
 impl Planner {
     /// With the policies of all classes, and who counts for the next run.
     pub fn new(classes: Vec<ClassPolicy>, keeper: Option<Keeper>) -> Self {
-        let worker = Worker { classes, plan: None, keeper, ids: Vec::new() };
+        let worker = Worker { classes, plan: None, keeper, told: false, ids: Vec::new() };
         Planner { queue: Mutex::default(), worker: Mutex::new(worker), worked_us: AtomicU64::new(0) }
     }
 
@@ -149,6 +152,14 @@ impl Worker {
                     swaps
                 };
                 self.plan = Some(self.classes.iter_mut().zip(requests).map(plan).collect());
+                if !self.told && self.classes.iter().any(|c| c.policy.gave_up()) {
+                    self.told = true;
+                    log!(
+                        Level::Info,
+                        "moe-hot: all experts are used alike, swaps gain nothing: the slots keep what they have until \
+                         that changes"
+                    );
+                }
             }
         }
     }

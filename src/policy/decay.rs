@@ -131,6 +131,15 @@ impl Policy for Decay {
         self.rounds = rounds;
     }
 
+    fn warm(&mut self, heat: &[f32]) {
+        // the score of an expert that has been used at this rate all the time
+        let scale = 1.0 / (1.0 - (-1.0 / self.config.half_life).exp2());
+        for (i, heat) in heat.iter().enumerate().filter(|(_, heat)| **heat > 0.0) {
+            self.heat[i].score = f64::from(*heat) * scale;
+            self.touched.add(i);
+        }
+    }
+
     fn gave_up(&self) -> bool {
         self.config.give_up && self.evidence.gave_up()
     }

@@ -29,6 +29,11 @@ impl Policy for Fixed {
         self.tokens += u64::from(routed.n_tokens);
     }
 
+    /// The profile is the set.
+    fn warm(&mut self, _heat: &[f32]) {
+        self.tokens = WARM_UP_TOKENS;
+    }
+
     fn observe_prompt(&mut self, routed: Routed<'_>) {
         if self.tokens < WARM_UP_TOKENS {
             self.counts.count(routed.ids);

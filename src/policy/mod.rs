@@ -122,13 +122,8 @@ pub trait Policy: Send {
     /// The routing of a prompt: may seed slots that are free, and stays out of recency.
     fn observe_prompt(&mut self, routed: Routed<'_>);
 
-    /// What it would like to know at its next start, by [`PoolShape::index`]: larger is hotter. Empty when
-    /// it keeps no such thing.
-    fn heat(&self) -> Vec<f32> {
-        Vec::new()
-    }
-
-    /// Starts from the heat of another run; called before anything is observed.
+    /// Starts from what an earlier run found, uses by token of each expert by [`PoolShape::index`]; called before
+    /// anything is observed.
     fn warm(&mut self, _heat: &[f32]) {}
 
     /// Whether it found that swaps gain nothing on what is routed now, and swaps no more until they would: the

@@ -508,6 +508,13 @@ impl Policy for Predict {
         self.rounds = rounds;
     }
 
+    fn warm(&mut self, heat: &[f32]) {
+        for (i, heat) in heat.iter().enumerate().filter(|(_, heat)| **heat > 0.0) {
+            self.rates.iter_mut().for_each(|rates| rates[i] = *heat);
+            self.used[i] = true;
+        }
+    }
+
     fn observe_prompt(&mut self, routed: Routed<'_>) {
         let mut rounds = std::mem::take(&mut self.rounds);
         let steps = rounds.split(self.shape, routed);

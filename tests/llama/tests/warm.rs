@@ -1,9 +1,6 @@
 //! Decode starts warm: after a prompt by what the prompt routed, after an earlier run by its profile.
 
-use llama_tests::{
-    Context, ContextOptions, Exclusive, Hot, Input, Llama, LoadOptions, Model,
-    paths,
-};
+use llama_tests::{Context, ContextOptions, Exclusive, Hot, Input, Llama, LoadOptions, Model, paths};
 
 const K: u32 = 16;
 const PROMPT: usize = 512;
@@ -98,8 +95,14 @@ fn a_profile_makes_the_first_token_warm() {
     let rates = decode(&mut ctx, &tokens[PROMPT..PROMPT + DECODED], 0);
     llama.set("moe-hot-profile", None).unwrap();
     let (start, steady) = (mean(&rates[..START]), mean(&rates[DECODED / 2..]));
-    println!("hit rate {:.3} at the first token, {start:.3} in the first {START}, {steady:.3} later", rates[0]);
-    assert!(rates[0] >= SHARE * steady && start >= SHARE * steady, "{start:.3} at the start, {steady:.3} later");
+    println!(
+        "hit rate {:.3} at the first token, {start:.3} in the first {START}, {steady:.3} later",
+        rates[0]
+    );
+    assert!(
+        rates[0] >= SHARE * steady && start >= SHARE * steady,
+        "{start:.3} at the start, {steady:.3} later"
+    );
 }
 
 #[test]
