@@ -97,7 +97,7 @@ mod tests {
     fn a_png_comes_out_and_a_bad_path_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("map.png");
-        let layers = [TraceLayer { il: 3, n_expert: 64, n_used: 8, class: 0 }; 6];
+        let layers = [TraceLayer { il: 3, n_expert: 64, n_used: 8, class: 0, expert_bytes: 1 }; 6];
         let counts: Vec<Vec<u64>> = (0..6).map(|l| (0..64).map(|e| (l * e) % 50).collect()).collect();
         draw(&path, "test", &layers, &counts, 50).unwrap();
         let bytes = std::fs::read(&path).unwrap();

@@ -28,7 +28,7 @@ use crate::{
     lanes::{self, Lanes, assumed_rate},
     log::{Level, log},
     planner::{ClassPolicy, Observed, Phase, Planner, Request},
-    policy::{self, Key, Limits, PoolShape, Swap},
+    policy::{self, Key, Limits, PoolShape, Routed, Swap},
     profile::hash_routers,
     slots::{Action, SlotTable, Stamp},
     telemetry::Stats,
@@ -507,6 +507,7 @@ impl Model {
             n_expert: l.n_expert as u16,
             n_used: l.n_used as u16,
             class: place.0 as u16,
+            expert_bytes: l.expert_bytes() as u64,
         };
         let header = TraceHeader {
             fingerprint: fingerprint(layers),
@@ -761,8 +762,10 @@ impl Control {
             control.uses_since_plan += class.layers.iter().map(|l| usage.ids[*l].len() as u64).sum::<u64>();
         }
         if let Some(trace) = &mut self.trace
-            && phase == Phase::Decode
-            && let Err(e) = trace.routed(usage.n_tokens, &usage.ids)
+            && let Err(e) = trace.routed(
+                phase == Phase::Prompt,
+                Routed { n_tokens: usage.n_tokens, sequences: &usage.sequences, ids: &usage.ids },
+            )
         {
             log!(Level::Error, "moe-hot: the routing trace ends here: {e}");
             self.trace = None;

@@ -5,23 +5,15 @@
 //! effect at the next boundary: the experts that leave are cold from there on, those that come are copied
 //! during that ubatch and hot after it. At the boundary before a ubatch therefore, in this order: what was
 //! copied during the last one is hot; the swaps planned beside the last one take effect; and the policy
-//! plans the next ones, with the slots as they are then and all that was used so far.
+//! plans the next ones, with the slots as they are then and all that was used so far. It plans at once
+//! before the first decoded ubatch after a prompt, too.
 
 use std::{collections::BinaryHeap, ops::AddAssign};
 
 use crate::{
     policy::{self, Key, Limits, Policy, PolicySpec, PoolShape, Routed, Swap},
-    trace::{TraceError, TraceHeader, TraceReader, TraceRecord},
+    trace::{Step, TraceError, TraceHeader, TraceReader, TraceRecord},
 };
-
-/// Routing of one ubatch.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Step {
-    /// Tokens.
-    pub n_tokens: u32,
-    /// `ids[layer]`: experts routed, tokens one after the other.
-    pub ids: Vec<Vec<u16>>,
-}
 
 /// A trace in memory.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -43,25 +35,33 @@ impl Routing {
         let mut routing = Routing { header: reader.header().clone(), steps: Vec::new(), swaps: Vec::new() };
         for record in reader {
             match record? {
-                TraceRecord::Routed { n_tokens, ids } => {
-                    routing.steps.push(Step { n_tokens: u32::from(n_tokens), ids });
-                }
+                TraceRecord::Routed(step) => routing.steps.push(step),
                 TraceRecord::Swap { class, swap } => routing.swaps.push((routing.steps.len(), class, swap)),
             }
         }
         Ok(routing)
     }
 
-    /// Tokens of all steps.
-    pub fn n_tokens(&self) -> u64 {
-        self.steps.iter().map(|s| u64::from(s.n_tokens)).sum()
+    /// The steps that were decoded.
+    fn decoded(&self) -> impl Iterator<Item = &Step> {
+        self.steps.iter().filter(|s| !s.prefill)
     }
 
-    /// Uses of each expert by layer.
+    /// Tokens that were decoded.
+    pub fn n_tokens(&self) -> u64 {
+        self.decoded().map(|s| u64::from(s.n_tokens)).sum()
+    }
+
+    /// Tokens of prompts.
+    pub fn n_prompt_tokens(&self) -> u64 {
+        self.steps.iter().filter(|s| s.prefill).map(|s| u64::from(s.n_tokens)).sum()
+    }
+
+    /// Uses of each expert by layer, in decode.
     pub fn counts(&self) -> Vec<Vec<u64>> {
         let mut counts: Vec<_> =
             self.header.layers.iter().map(|l| vec![0; usize::from(l.n_expert)]).collect();
-        for step in &self.steps {
+        for step in self.decoded() {
             for (counts, ids) in counts.iter_mut().zip(&step.ids) {
                 for id in ids {
                     counts[usize::from(*id)] += 1;
@@ -91,22 +91,17 @@ impl Routing {
             n_expert,
             n_used: max(|l| l.n_used),
             n_slots: k.min(u32::from(n_expert)) * layers.len() as u32,
-            expert_bytes: 1,
+            expert_bytes: layers.iter().map(|l| self.expert_bytes(*l)).max().unwrap_or(0),
         }
     }
 
-    /// Bytes of an expert by layer; none unless the trace tells all of them.
-    fn expert_bytes(&self) -> Option<Vec<u64>> {
-        (0..self.header.layers.len()).map(|l| expert_bytes(&self.header, l)).collect()
+    /// Bytes of an expert of a layer, all its matrices.
+    fn expert_bytes(&self, layer: usize) -> u64 {
+        self.header.layers[layer].expert_bytes
     }
 }
 
-/// Bytes of an expert of a layer of the trace. Traces of version 1 do not tell.
-pub fn expert_bytes(_header: &TraceHeader, _layer: usize) -> Option<u64> {
-    None
-}
-
-/// What a replay counted.
+/// What a replay counted, of decode alone.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Outcome {
     /// Ubatches.
@@ -123,19 +118,14 @@ pub struct Outcome {
     pub cold_layers: u64,
     /// Experts copied into a slot.
     pub uploads: u64,
-    /// Bytes read from host memory, for cold experts and for uploads; none when the trace does not tell
-    /// how large an expert is.
-    pub bytes: Option<u64>,
+    /// Bytes read from host memory, for cold experts and for uploads.
+    pub bytes: u64,
 }
 
 impl Outcome {
-    fn of(routing: &Routing, bytes: bool) -> Self {
-        Outcome {
-            steps: routing.steps.len() as u64,
-            tokens: routing.n_tokens(),
-            bytes: bytes.then_some(0),
-            ..Outcome::default()
-        }
+    fn of(routing: &Routing) -> Self {
+        let steps = routing.decoded().count() as u64;
+        Outcome { steps, tokens: routing.n_tokens(), ..Outcome::default() }
     }
 
     /// Share of uses that found a slot.
@@ -154,19 +144,17 @@ impl Outcome {
     }
 
     /// Bytes read from host memory by token.
-    pub fn bytes_per_token(&self) -> Option<f64> {
-        self.bytes.map(|b| b as f64 / self.tokens.max(1) as f64)
+    pub fn bytes_per_token(&self) -> f64 {
+        self.bytes as f64 / self.tokens.max(1) as f64
     }
 
-    fn read(&mut self, n_bytes: Option<u64>) {
-        if let (Some(sum), Some(n)) = (&mut self.bytes, n_bytes) {
-            *sum += n;
-        }
+    fn read(&mut self, n_bytes: u64) {
+        self.bytes += n_bytes;
     }
 }
 
 impl AddAssign for Outcome {
-    /// Sums over traces; the bytes are known when those of both are.
+    /// Sums over traces.
     fn add_assign(&mut self, o: Outcome) {
         self.steps += o.steps;
         self.tokens += o.tokens;
@@ -175,7 +163,7 @@ impl AddAssign for Outcome {
         self.cold += o.cold;
         self.cold_layers += o.cold_layers;
         self.uploads += o.uploads;
-        self.bytes = self.bytes.zip(o.bytes).map(|(a, b)| a + b);
+        self.bytes += o.bytes;
     }
 }
 
@@ -185,15 +173,15 @@ struct Residence {
     /// Index into the header's layers of each of the pool's.
     layers: Vec<usize>,
     /// Bytes of an expert of each of the pool's layers.
-    bytes: Option<Vec<u64>>,
+    bytes: Vec<u64>,
     hot: Vec<bool>,
     /// Step of the last cold use, from 1: tells the first use in a ubatch from the others.
     cold_at: Vec<u32>,
 }
 
 impl Residence {
-    fn new(shape: PoolShape, layers: Vec<usize>, bytes: Option<&[u64]>) -> Self {
-        let bytes = bytes.map(|b| layers.iter().map(|l| b[*l]).collect());
+    fn new(routing: &Routing, shape: PoolShape, layers: Vec<usize>) -> Self {
+        let bytes = layers.iter().map(|l| routing.expert_bytes(*l)).collect();
         Residence { shape, layers, bytes, hot: vec![false; shape.n_keys()], cold_at: vec![0; shape.n_keys()] }
     }
 
@@ -201,13 +189,12 @@ impl Residence {
         self.hot[self.shape.index(key)] = hot;
     }
 
-    fn bytes_of(&self, layer: u16) -> Option<u64> {
-        self.bytes.as_ref().map(|b| b[usize::from(layer)])
+    fn bytes_of(&self, layer: u16) -> u64 {
+        self.bytes[usize::from(layer)]
     }
 
-    /// Counts the uses of step `at`; returns how many there are.
-    fn count(&mut self, at: usize, step: &Step, out: &mut Outcome) -> u64 {
-        let mut uses = 0;
+    /// Counts the uses of step `at`.
+    fn count(&mut self, at: usize, step: &Step, out: &mut Outcome) {
         let n_expert = usize::from(self.shape.n_expert);
         for (i, layer) in self.layers.iter().enumerate() {
             let ids = &step.ids[*layer];
@@ -221,14 +208,12 @@ impl Residence {
                     cold += u64::from(std::mem::replace(&mut cold_at[id], at as u32 + 1) != at as u32 + 1);
                 }
             }
-            uses += ids.len() as u64;
             out.misses += misses;
             out.hits += ids.len() as u64 - misses;
             out.cold += cold;
             out.cold_layers += u64::from(cold > 0);
-            out.read(self.bytes_of(i as u16).map(|b| cold * b));
+            out.read(cold * self.bytes_of(i as u16));
         }
-        uses
     }
 }
 
@@ -280,7 +265,8 @@ impl Pool {
             }
             &self.gathered
         };
-        self.policy.observe(Routed { n_tokens: step.n_tokens, sequences: &[], ids });
+        let routed = Routed { n_tokens: step.n_tokens, sequences: &step.sequences, ids };
+        if step.prefill { self.policy.observe_prompt(routed) } else { self.policy.observe(routed) }
     }
 }
 
@@ -303,17 +289,6 @@ pub fn replay_with(
     make: &dyn Fn(PoolShape) -> Box<dyn Policy>,
     k: u32,
     interval: u32,
-    plan: impl FnMut(usize, u16, &Swap),
-) -> Outcome {
-    replay_bytes(routing, make, k, interval, routing.expert_bytes().as_deref(), plan)
-}
-
-fn replay_bytes(
-    routing: &Routing,
-    make: &dyn Fn(PoolShape) -> Box<dyn Policy>,
-    k: u32,
-    interval: u32,
-    bytes: Option<&[u64]>,
     mut plan: impl FnMut(usize, u16, &Swap),
 ) -> Outcome {
     let mut pools: Vec<Pool> = Vec::new();
@@ -321,7 +296,7 @@ fn replay_bytes(
         let shape = routing.shape(&layers, k);
         // as the run does: with room for all, all are there from the start
         let keys = policy::all_keys(layers.iter().map(|l| routing.header.layers[*l].n_expert.into()));
-        let mut residence = Residence::new(shape, layers, bytes);
+        let mut residence = Residence::new(routing, shape, layers);
         let mut slots = vec![None; shape.n_slots as usize];
         if keys.len() <= slots.len() {
             for (slot, key) in slots.iter_mut().zip(keys) {
@@ -339,10 +314,11 @@ fn replay_bytes(
             gathered: Vec::new(),
         });
     }
-    let mut out = Outcome::of(routing, bytes.is_some());
+    let mut out = Outcome::of(routing);
     let mut since_plan = 0;
+    let mut prompt_since_plan = false;
     for (at, step) in routing.steps.iter().enumerate() {
-        let planning = since_plan >= interval;
+        let planning = since_plan >= interval || (prompt_since_plan && !step.prefill);
         for (class, p) in pools.iter_mut().enumerate() {
             p.publish(&mut out);
             p.take_effect(|s| plan(at, class as u16, s));
@@ -351,10 +327,17 @@ fn replay_bytes(
                 let limits = Limits::after(uses, routing.header.uses_per_upload);
                 p.policy.plan(&p.slots, limits, &mut p.pending);
             }
-            p.uses_since_plan += p.residence.count(at, step, &mut out);
+            p.uses_since_plan += p.residence.layers.iter().map(|l| step.ids[*l].len() as u64).sum::<u64>();
+            if !step.prefill {
+                p.residence.count(at, step, &mut out);
+            }
             p.observe(step);
         }
-        since_plan = if planning { step.n_tokens } else { since_plan + step.n_tokens };
+        if planning {
+            (since_plan, prompt_since_plan) = (0, false);
+        }
+        since_plan += if step.prefill { 0 } else { step.n_tokens };
+        prompt_since_plan |= step.prefill;
     }
     out
 }
@@ -363,8 +346,7 @@ fn replay_bytes(
 /// the class's slots from the start, and nothing is copied. What a profile of this very text would do. Has
 /// its experts before their first use, so on a short trace it can be ahead of the optimum.
 pub fn hindsight(routing: &Routing, k: u32) -> Outcome {
-    let bytes = routing.expert_bytes();
-    let mut out = Outcome::of(routing, bytes.is_some());
+    let mut out = Outcome::of(routing);
     let counts = routing.counts();
     for layers in routing.classes() {
         let shape = routing.shape(&layers, k);
@@ -372,9 +354,9 @@ pub fn hindsight(routing: &Routing, k: u32) -> Outcome {
         keys.sort_by_key(|key| {
             std::cmp::Reverse(counts[layers[usize::from(key.layer)]][usize::from(key.expert)])
         });
-        let mut residence = Residence::new(shape, layers, bytes.as_deref());
+        let mut residence = Residence::new(routing, shape, layers);
         keys.iter().take(shape.n_slots as usize).for_each(|key| residence.set(*key, true));
-        for (at, step) in routing.steps.iter().enumerate() {
+        for (at, step) in routing.decoded().enumerate() {
             residence.count(at, step, &mut out);
         }
     }
@@ -393,13 +375,12 @@ pub enum Scope {
 /// Belady's optimum with bypass: knows the future, copies for free and at once. An expert used several
 /// times in one ubatch of a layer is read once. Its bytes are those of the cold experts alone.
 pub fn optimum(routing: &Routing, k: u32, scope: Scope) -> Outcome {
-    let bytes = routing.expert_bytes();
-    let mut out = Outcome::of(routing, bytes.is_some());
+    let mut out = Outcome::of(routing);
     for class in routing.classes() {
         match scope {
-            Scope::Pool => optimum_of(routing, &class, k, bytes.as_deref(), &mut out),
+            Scope::Pool => optimum_of(routing, &class, k, &mut out),
             Scope::Layer => {
-                class.iter().for_each(|l| optimum_of(routing, &[*l], k, bytes.as_deref(), &mut out));
+                class.iter().for_each(|l| optimum_of(routing, &[*l], k, &mut out));
             }
         }
     }
@@ -418,12 +399,12 @@ struct Use {
 /// No later use.
 const NEVER: u32 = u32::MAX;
 
-fn optimum_of(routing: &Routing, layers: &[usize], k: u32, bytes: Option<&[u64]>, out: &mut Outcome) {
+fn optimum_of(routing: &Routing, layers: &[usize], k: u32, out: &mut Outcome) {
     let shape = routing.shape(layers, k);
-    let n_uses = routing.steps.iter().map(|s| layers.iter().map(|l| s.ids[*l].len()).sum::<usize>()).sum();
+    let n_uses = routing.decoded().map(|s| layers.iter().map(|l| s.ids[*l].len()).sum::<usize>()).sum();
     let mut uses: Vec<Use> = Vec::with_capacity(n_uses);
     let mut ids = Vec::new();
-    for step in &routing.steps {
+    for step in routing.decoded() {
         for (i, layer) in layers.iter().enumerate() {
             ids.clone_from(&step.ids[*layer]);
             ids.sort_unstable();
@@ -456,7 +437,7 @@ fn optimum_of(routing: &Routing, layers: &[usize], k: u32, bytes: Option<&[u64]>
             out.misses += u64::from(u.n);
             out.cold += 1;
             out.cold_layers += u64::from(!std::mem::replace(&mut layer_is_cold, true));
-            out.read(bytes.map(|b| b[layers[usize::from(shape.key(key).layer)]]));
+            out.read(routing.expert_bytes(layers[usize::from(shape.key(key).layer)]));
         }
         if next == NEVER {
             n_resident -= usize::from(std::mem::take(&mut resident[key]));
@@ -490,7 +471,7 @@ mod tests {
     use crate::{policy::PolicyKind, trace::TraceLayer};
 
     fn routing(n_layers: u16, n_expert: u16, steps: Vec<Vec<Vec<u16>>>) -> Routing {
-        let layer = |il| TraceLayer { il, n_expert, n_used: 2, class: 0 };
+        let layer = |il| TraceLayer { il, n_expert, n_used: 2, class: 0, expert_bytes: 10 };
         Routing {
             header: TraceHeader {
                 fingerprint: 0,
@@ -498,7 +479,7 @@ mod tests {
                 uses_per_upload: 64,
                 layers: (0..n_layers).map(layer).collect(),
             },
-            steps: steps.into_iter().map(|ids| Step { n_tokens: 1, ids }).collect(),
+            steps: steps.into_iter().map(|ids| Step { n_tokens: 1, ids, ..Step::default() }).collect(),
             swaps: vec![],
         }
     }
@@ -518,7 +499,7 @@ mod tests {
             cold: 3,
             cold_layers: 3,
             uploads: 1,
-            bytes: None,
+            bytes: 30,
         };
         assert_eq!(o, expected);
     }
@@ -583,7 +564,7 @@ mod tests {
             cold: 3,
             cold_layers: 3,
             uploads: 1,
-            bytes: None,
+            bytes: 30,
         };
         assert_eq!(o, expected);
     }
@@ -642,16 +623,15 @@ mod tests {
         r.steps.iter_mut().for_each(|s| s.n_tokens = 2);
         let lru = |shape| policy::build(PolicyKind::Lru, shape);
         r.header.uses_per_upload = 1;
-        let o = replay_bytes(&r, &lru, 2, 1, Some(&[10, 1000]), |_, _, _| {});
+        r.header.layers[1].expert_bytes = 1000;
+        let o = replay_with(&r, &lru, 2, 1, |_, _, _| {});
         // cold in steps 0 to 2, then hot; and all of layer 1
         assert_eq!((o.misses, o.cold, o.cold_layers), (6 + 8, 3 + 4, 3 + 4));
         // expert 1 of layer 0 and expert 0 of layer 1 before the last step
-        assert_eq!((o.uploads, o.bytes), (2, Some(3 * 10 + 4 * 1000 + 10 + 1000)));
+        assert_eq!((o.uploads, o.bytes), (2, 3 * 10 + 4 * 1000 + 10 + 1000));
         let mut sum = o;
         sum += o;
-        assert_eq!((sum.steps, sum.tokens, sum.bytes), (8, 16, Some(2 * 5040)));
-        sum += Outcome::default();
-        assert_eq!(sum.bytes, None);
+        assert_eq!((sum.steps, sum.tokens, sum.bytes), (8, 16, 2 * 5040));
     }
 
     #[test]

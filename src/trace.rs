@@ -1,17 +1,24 @@
 //! Routing traces: which experts every layer routed in every step, and what was swapped.
 //!
-//! # Format, version 1, little-endian
+//! # Format, version 2, little-endian
 //!
 //! ```text
 //! file    = magic "MOEHOTRT", u32 version, u32 bytes of head, head, u32 crc32(head), block*
-//! head    = u64 model fingerprint, u32 K, u32 uses an upload, u32 layers, layers x (u16 il, u16 n_expert, u16 n_used, u16 class)
+//! head    = u64 model fingerprint, u32 K, u32 uses an upload, u32 layers, layers x layer
+//! layer   = u16 il, u16 n_expert, u16 n_used, u16 class, u64 bytes of an expert in all its matrices
 //! block   = u32 bytes of body, u32 crc32(body), body
 //! body    = record*
-//! record  = u8 1, u16 n_tokens, layers x (u16 n, n x id)     routing of one decoded ubatch
-//!         | u8 2, u16 class, u32 slot, key or none, key      a swap, planned after the record before
+//! record  = u8 1, ubatch                                  routing of one decoded ubatch
+//!         | u8 2, u16 class, u32 slot, key or none, key   a swap, planned after the record before
+//!         | u8 3, ubatch                                  routing of one ubatch of a prompt
+//! ubatch  = u32 runs, runs x (u32 tokens, u32 sequence), layers x (u32 n, n x id)
 //! id      = u8 if n_expert <= 256, else u16
 //! key     = u16 layer of the class, u16 expert; none = ffff ffff
 //! ```
+//!
+//! A run is of tokens side by side that are of one sequence. A layer has an id for each expert that a token
+//! is routed to, the tokens one after the other; fewer tokens than the ubatch's where the model computes
+//! only those with outputs, and none where a layer was not seen.
 //!
 //! Blocks are written whole, so a crash costs at most the last [`BLOCK_BYTES`]. A reader gives what is
 //! whole and then says at which offset the file ends early.
@@ -25,16 +32,25 @@ use std::{
 use flate2::read::MultiGzDecoder;
 use parking_lot::Mutex;
 
-use crate::policy::{Key, Swap};
+use crate::policy::{Key, Routed, Swap};
 
 const MAGIC: [u8; 8] = *b"MOEHOTRT";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// How a gzipped file begins.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 /// A block is written when it has grown to this size.
 pub const BLOCK_BYTES: usize = 64 << 10;
-/// Most bytes of a head or block that a reader accepts: a bound on memory for damaged files.
-const MAX_BYTES: u32 = 16 << 20;
+/// Most bytes of a head or block that a reader accepts. A block holds a whole ubatch: one of 32768 tokens,
+/// 100 layers and 16 experts a token is 100 MiB.
+const MAX_BYTES: u32 = 256 << 20;
+/// Most tokens of a ubatch that a reader accepts: a bound on memory for damaged files.
+const MAX_TOKENS: u32 = 1 << 20;
+/// Bytes of the head before its layers, and of each layer.
+const HEAD_BYTES: usize = 20;
+const LAYER_BYTES: usize = 16;
+const DECODED: u8 = 1;
+const SWAP: u8 = 2;
+const PROMPT: u8 = 3;
 const NONE: u32 = u32::MAX;
 
 /// Why a trace cannot be read or written. Names the file, and the offset where it matters.
@@ -105,6 +121,8 @@ pub struct TraceLayer {
     pub n_used: u16,
     /// Slot class; layers of equal class share a pool.
     pub class: u16,
+    /// Bytes of one expert, all its matrices.
+    pub expert_bytes: u64,
 }
 
 /// What a trace is about.
@@ -120,16 +138,25 @@ pub struct TraceHeader {
     pub layers: Vec<TraceLayer>,
 }
 
+/// Routing of one ubatch.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Step {
+    /// Tokens.
+    pub n_tokens: u32,
+    /// Of a prompt, computed on the stock graph; else decoded through the slots.
+    pub prefill: bool,
+    /// Sequence of each token; empty when all are of one.
+    pub sequences: Vec<u32>,
+    /// `ids[layer]`: experts routed, tokens one after the other. In a prompt a layer may have fewer tokens
+    /// than the ubatch, or none.
+    pub ids: Vec<Vec<u16>>,
+}
+
 /// One entry of a trace.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum TraceRecord {
-    /// Routing of one decoded ubatch: `ids[layer]`, tokens one after the other.
-    Routed {
-        /// Tokens of the ubatch.
-        n_tokens: u16,
-        /// Experts by layer.
-        ids: Vec<Vec<u16>>,
-    },
+    /// Routing of one ubatch; a reader gives a sequence for each token.
+    Routed(Step),
     /// A swap that the policy planned after the record before.
     Swap {
         /// Slot class.
@@ -154,6 +181,10 @@ fn io_error(path: &Path) -> impl FnOnce(io::Error) -> TraceError + '_ {
     move |source| TraceError::Io { path: path.display().to_string(), source }
 }
 
+fn put(to: &mut Vec<u8>, values: &[u32]) {
+    values.iter().for_each(|v| to.extend(v.to_le_bytes()));
+}
+
 impl TraceWriter {
     /// Creates or replaces the file at `path`.
     ///
@@ -173,6 +204,7 @@ impl TraceWriter {
             for v in [l.il, l.n_expert, l.n_used, l.class] {
                 head.extend(v.to_le_bytes());
             }
+            head.extend(l.expert_bytes.to_le_bytes());
         }
         let mut start = MAGIC.to_vec();
         start.extend(VERSION.to_le_bytes());
@@ -186,18 +218,28 @@ impl TraceWriter {
         Ok(TraceWriter { path: path.into(), file, wide, body: Vec::new() })
     }
 
-    /// Adds the routing of one decoded ubatch; `ids` has an entry for each layer of the header.
+    /// Adds the routing of one ubatch, of a prompt with `prefill`; `ids` has an entry for each layer of the
+    /// header. Without `sequences` all tokens are of sequence 0.
     ///
     /// # Errors
     /// [`TraceError::Io`].
-    pub fn routed(&mut self, n_tokens: u32, ids: &[Vec<u16>]) -> Result<(), TraceError> {
-        self.body.push(1);
-        self.body.extend((n_tokens as u16).to_le_bytes());
+    pub fn routed(&mut self, prefill: bool, routed: Routed<'_>) -> Result<(), TraceError> {
+        let Routed { n_tokens, sequences, ids } = routed;
+        debug_assert!(sequences.is_empty() || sequences.len() == n_tokens as usize);
+        self.body.push(if prefill { PROMPT } else { DECODED });
+        if sequences.is_empty() {
+            put(&mut self.body, &[1, n_tokens, 0]);
+        } else {
+            let runs = || sequences.chunk_by(|a, b| a == b);
+            put(&mut self.body, &[runs().count() as u32]);
+            runs().for_each(|run| put(&mut self.body, &[run.len() as u32, run[0]]));
+        }
         for (ids, wide) in ids.iter().zip(&self.wide) {
-            self.body.extend((ids.len() as u16).to_le_bytes());
-            for id in ids {
-                let bytes = id.to_le_bytes();
-                self.body.extend(&bytes[..if *wide { 2 } else { 1 }]);
+            put(&mut self.body, &[ids.len() as u32]);
+            if *wide {
+                self.body.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+            } else {
+                self.body.extend(ids.iter().map(|id| *id as u8));
             }
         }
         if self.body.len() >= BLOCK_BYTES { self.flush() } else { Ok(()) }
@@ -206,11 +248,9 @@ impl TraceWriter {
     /// Adds a planned swap.
     pub fn swap(&mut self, class: u16, swap: &Swap) {
         let bits = |k: Key| u32::from(k.layer) | u32::from(k.expert) << 16;
-        self.body.push(2);
+        self.body.push(SWAP);
         self.body.extend(class.to_le_bytes());
-        self.body.extend(swap.slot.to_le_bytes());
-        self.body.extend(swap.evict.map_or(NONE, bits).to_le_bytes());
-        self.body.extend(bits(swap.admit).to_le_bytes());
+        put(&mut self.body, &[swap.slot, swap.evict.map_or(NONE, bits), bits(swap.admit)]);
     }
 
     /// Writes what has been added so far.
@@ -291,21 +331,24 @@ impl<R: Read> TraceReader<R> {
         if crc != crc32fast::hash(&head) {
             return Err(damaged("its checksum does not fit"));
         }
-        let layers = head.get(16..20).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
-        if layers.and_then(|l| l.checked_mul(8)?.checked_add(20)) != Some(head.len()) {
+        let u16_at = |i: usize| u16::from_le_bytes(head[i..i + 2].try_into().expect("two bytes"));
+        let u32_at = |i: usize| u32::from_le_bytes(head[i..i + 4].try_into().expect("four bytes"));
+        let u64_at = |i: usize| u64::from_le_bytes(head[i..i + 8].try_into().expect("eight bytes"));
+        let size = |layers: u32| (layers as usize).checked_mul(LAYER_BYTES)?.checked_add(HEAD_BYTES);
+        if head.len() < HEAD_BYTES || size(u32_at(16)) != Some(head.len()) {
             return Err(damaged("its size does not fit its layers"));
         }
-        let u16_at = |i: usize| u16::from_le_bytes([head[i], head[i + 1]]);
-        r.header.fingerprint = u64::from_le_bytes(head[..8].try_into().expect("eight bytes"));
-        r.header.k = u32::from_le_bytes(head[8..12].try_into().expect("four bytes"));
-        r.header.uses_per_upload = u32::from_le_bytes(head[12..16].try_into().expect("four bytes"));
-        r.header.layers = (20..head.len())
-            .step_by(8)
+        r.header.fingerprint = u64_at(0);
+        r.header.k = u32_at(8);
+        r.header.uses_per_upload = u32_at(12);
+        r.header.layers = (HEAD_BYTES..head.len())
+            .step_by(LAYER_BYTES)
             .map(|i| TraceLayer {
                 il: u16_at(i),
                 n_expert: u16_at(i + 2),
                 n_used: u16_at(i + 4),
                 class: u16_at(i + 6),
+                expert_bytes: u64_at(i + 8),
             })
             .collect();
         Ok(r)
@@ -336,8 +379,12 @@ impl<R: Read> TraceReader<R> {
             let why = "it claims an impossible size";
             return Err(TraceError::Damaged { path: self.path.clone(), part, offset: begin, why });
         }
-        let mut buf = vec![0; n as usize];
-        if self.fill(&mut buf)? < buf.len() {
+        // grows with what is there, so that a damaged size costs no memory
+        let mut buf = Vec::new();
+        let got = self.input.by_ref().take(n.into()).read_to_end(&mut buf);
+        let got = got.map_err(|source| TraceError::Io { path: self.path.clone(), source })?;
+        self.offset += got as u64;
+        if got < n as usize {
             return Err(TraceError::Truncated { path: self.path.clone(), offset: self.offset, part, begin });
         }
         Ok(buf)
@@ -374,48 +421,66 @@ impl<R: Read> TraceReader<R> {
         TraceError::Damaged { path: self.path.clone(), part: "block", offset: self.block_begin, why }
     }
 
+    /// The next `n` bytes of the body, by their place in it.
+    fn skip(&mut self, n: usize) -> Result<std::ops::Range<usize>, TraceError> {
+        let end = self.at.checked_add(n).filter(|end| *end <= self.body.len());
+        let end = end.ok_or_else(|| self.damaged("a record is longer than its block"))?;
+        Ok(std::mem::replace(&mut self.at, end)..end)
+    }
+
     fn take<const N: usize>(&mut self) -> Result<[u8; N], TraceError> {
-        let bytes = self.body.get(self.at..self.at + N).and_then(|b| b.try_into().ok());
-        self.at += N;
-        bytes.ok_or_else(|| self.damaged("a record is longer than its block"))
+        let at = self.skip(N)?;
+        Ok(self.body[at].try_into().expect("as many bytes"))
+    }
+
+    fn take_u32(&mut self) -> Result<u32, TraceError> {
+        self.take().map(u32::from_le_bytes)
     }
 
     fn record(&mut self) -> Result<TraceRecord, TraceError> {
         let [kind] = self.take()?;
         match kind {
-            1 => {
-                let n_tokens = u16::from_le_bytes(self.take()?);
-                let mut ids = Vec::with_capacity(self.header.layers.len());
-                for l in 0..self.header.layers.len() {
-                    let n_expert = self.header.layers[l].n_expert;
-                    let n = u16::from_le_bytes(self.take()?);
-                    let mut row = Vec::new();
-                    for _ in 0..n {
-                        let id = if n_expert > 256 {
-                            u16::from_le_bytes(self.take()?)
-                        } else {
-                            u16::from(self.take::<1>()?[0])
-                        };
-                        if id >= n_expert {
-                            return Err(self.damaged("an expert is beyond its layer's count"));
-                        }
-                        row.push(id);
-                    }
-                    ids.push(row);
-                }
-                Ok(TraceRecord::Routed { n_tokens, ids })
-            }
-            2 => {
+            DECODED | PROMPT => self.step(kind == PROMPT).map(TraceRecord::Routed),
+            SWAP => {
                 let class = u16::from_le_bytes(self.take()?);
-                let slot = u32::from_le_bytes(self.take()?);
+                let slot = self.take_u32()?;
                 let key = |v: u32| Key { layer: v as u16, expert: (v >> 16) as u16 };
-                let evict = u32::from_le_bytes(self.take()?);
-                let admit = key(u32::from_le_bytes(self.take()?));
+                let evict = self.take_u32()?;
+                let admit = key(self.take_u32()?);
                 let evict = (evict != NONE).then(|| key(evict));
                 Ok(TraceRecord::Swap { class, swap: Swap { slot, evict, admit } })
             }
             _ => Err(self.damaged("a record is of no known kind")),
         }
+    }
+
+    fn step(&mut self, prefill: bool) -> Result<Step, TraceError> {
+        let mut sequences = Vec::new();
+        for _ in 0..self.take_u32()? {
+            let (n, sequence) = (self.take_u32()?, self.take_u32()?);
+            if n > MAX_TOKENS - sequences.len() as u32 {
+                return Err(self.damaged("a ubatch claims an impossible number of tokens"));
+            }
+            sequences.resize(sequences.len() + n as usize, sequence);
+        }
+        let mut ids = Vec::with_capacity(self.header.layers.len());
+        for l in 0..self.header.layers.len() {
+            let n_expert = self.header.layers[l].n_expert;
+            let wide = n_expert > 256;
+            let n = self.take_u32()? as usize;
+            let bytes = self.skip(if wide { 2 * n } else { n })?;
+            let bytes = &self.body[bytes];
+            let row: Vec<u16> = if wide {
+                bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect()
+            } else {
+                bytes.iter().map(|b| u16::from(*b)).collect()
+            };
+            if row.iter().any(|id| *id >= n_expert) {
+                return Err(self.damaged("an expert is beyond its layer's count"));
+            }
+            ids.push(row);
+        }
+        Ok(Step { n_tokens: sequences.len() as u32, prefill, sequences, ids })
     }
 }
 
@@ -450,18 +515,30 @@ mod tests {
 
     use super::*;
 
+    /// Where the first block of a file with [`header`] begins.
+    const HEAD: usize = 8 + 4 + 4 + (HEAD_BYTES + 2 * LAYER_BYTES) + 4;
+
     fn header() -> TraceHeader {
-        let layer = |il, n_expert| TraceLayer { il, n_expert, n_used: 2, class: 0 };
-        TraceHeader { fingerprint: 7, k: 4, uses_per_upload: 64, layers: vec![layer(0, 64), layer(3, 512)] }
+        let layer =
+            |il, n_expert, expert_bytes| TraceLayer { il, n_expert, n_used: 2, class: 0, expert_bytes };
+        let layers = vec![layer(0, 64, 55_296), layer(3, 512, 5 << 32)];
+        TraceHeader { fingerprint: 7, k: 4, uses_per_upload: 64, layers }
     }
 
     fn routed(i: u16) -> TraceRecord {
-        TraceRecord::Routed { n_tokens: 1, ids: vec![vec![i % 64, 1], vec![i % 512, 511]] }
+        let ids = vec![vec![i % 64, 1], vec![i % 512, 511]];
+        TraceRecord::Routed(Step { n_tokens: 1, prefill: false, sequences: vec![u32::from(i % 3)], ids })
     }
 
     fn swap() -> TraceRecord {
         let swap = Swap { slot: 3, evict: None, admit: Key { layer: 1, expert: 300 } };
         TraceRecord::Swap { class: 0, swap }
+    }
+
+    /// A prompt of 2048 tokens, of whose last layer only the token with an output was routed.
+    fn prompt() -> TraceRecord {
+        let ids = vec![(0..2 * 2048).map(|i| i % 64).collect(), vec![300, 511]];
+        TraceRecord::Routed(Step { n_tokens: 2048, prefill: true, sequences: vec![5; 2048], ids })
     }
 
     fn written(records: &[TraceRecord]) -> Vec<u8> {
@@ -470,12 +547,23 @@ mod tests {
         let mut w = TraceWriter::create(&path, &header()).unwrap();
         for r in records {
             match r {
-                TraceRecord::Routed { n_tokens, ids } => w.routed(u32::from(*n_tokens), ids).unwrap(),
+                TraceRecord::Routed(Step { n_tokens, prefill, sequences, ids }) => {
+                    w.routed(*prefill, Routed { n_tokens: *n_tokens, sequences, ids }).unwrap();
+                }
                 TraceRecord::Swap { class, swap } => w.swap(*class, swap),
             }
         }
         w.flush().unwrap();
         fs::read(&path).unwrap()
+    }
+
+    /// `bytes` with another body in their only block, whose checksum fits.
+    fn with_body(bytes: &[u8], body: &[u8]) -> Vec<u8> {
+        let mut file = bytes[..HEAD].to_vec();
+        file.extend((body.len() as u32).to_le_bytes());
+        file.extend(crc32fast::hash(body).to_le_bytes());
+        file.extend(body);
+        file
     }
 
     fn read(bytes: &[u8]) -> (Vec<TraceRecord>, Option<String>) {
@@ -497,16 +585,35 @@ mod tests {
     fn what_is_written_is_read() {
         let mut records: Vec<_> = (0..20_000).map(routed).collect();
         records.insert(5, swap());
+        records.insert(9000, prompt());
         let bytes = written(&records);
         let (got, error) = read(&bytes);
         assert_eq!(error, None);
         assert!(got == records);
+        assert_eq!(TraceReader::new(bytes.as_slice(), "t.trace").unwrap().header(), &header());
+    }
+
+    #[test]
+    fn a_sequence_costs_bytes_only_where_it_changes() {
+        let step = |sequences: &[u32]| {
+            let ids = vec![vec![1; 8], vec![]];
+            TraceRecord::Routed(Step { n_tokens: 4, prefill: false, sequences: sequences.to_vec(), ids })
+        };
+        let bytes = |sequences: &[u32]| written(&[step(sequences)]).len();
+        assert_eq!(bytes(&[7; 4]), bytes(&[]));
+        assert_eq!(bytes(&[7, 7, 8, 8]), bytes(&[7; 4]) + 8);
+        assert_eq!(bytes(&[0, 1, 2, 3]), bytes(&[7; 4]) + 3 * 8);
+        assert_eq!(
+            read(&written(&[step(&[])])),
+            (vec![step(&[0; 4])], None),
+            "not told: all are of sequence 0"
+        );
     }
 
     #[test]
     fn each_kind_of_bad_file_has_its_message() {
         let bytes = written(&[routed(1), swap()]);
-        let head = 8 + 4 + 4 + (20 + 2 * 8) + 4;
+        let head = HEAD;
         let cut = |n: usize| read(&bytes[..n]).1.unwrap();
         let changed = |at: usize| {
             let mut b = bytes.clone();
@@ -515,7 +622,7 @@ mod tests {
         };
         assert_eq!(cut(4), "t.trace: not a routing trace, it does not begin with MOEHOTRT");
         assert_eq!(changed(0), "t.trace: not a routing trace, it does not begin with MOEHOTRT");
-        assert_eq!(changed(8), "t.trace: routing trace of version 0, expected version 1");
+        assert_eq!(changed(8), "t.trace: routing trace of version 3, expected version 2");
         assert_eq!(cut(20), "t.trace: truncated at offset 20, in the head that begins at offset 0");
         assert_eq!(changed(20), "t.trace: the head at offset 0 is damaged: its checksum does not fit");
         let in_block =
@@ -528,6 +635,44 @@ mod tests {
         let damaged = format!("t.trace: the block at offset {head} is damaged: its checksum does not fit");
         assert_eq!(changed(last), damaged);
         assert_eq!(read(&bytes[..head]), (vec![], None), "a trace without records");
+        let mut first_version = bytes.clone();
+        first_version[8] = 1;
+        let message = "t.trace: routing trace of version 1, expected version 2";
+        assert_eq!(read(&first_version).1.unwrap(), message);
+        let mut large = bytes.clone();
+        large[head + 3] = 0x10;
+        let message = format!("t.trace: the block at offset {head} is damaged: it claims an impossible size");
+        assert_eq!(read(&large).1.unwrap(), message);
+    }
+
+    #[test]
+    fn records_that_make_no_sense_are_refused() {
+        let bytes = written(&[]);
+        let error = |body: &[u8]| {
+            let (got, error) = read(&with_body(&bytes, body));
+            assert!(got.is_empty());
+            let error = error.unwrap();
+            let begin = format!("t.trace: the block at offset {HEAD} is damaged: ");
+            error.strip_prefix(&begin).unwrap_or_else(|| panic!("{error}")).to_string()
+        };
+        assert_eq!(error(&[4]), "a record is of no known kind");
+        let u32s = |kind: u8, values: &[u32]| {
+            let mut body = vec![kind];
+            put(&mut body, values);
+            body
+        };
+        for kind in [DECODED, PROMPT] {
+            let tokens = "a ubatch claims an impossible number of tokens";
+            assert_eq!(error(&u32s(kind, &[1, u32::MAX, 0])), tokens);
+            assert_eq!(error(&u32s(kind, &[2, MAX_TOKENS, 0, 1, 0])), tokens);
+            let beyond = "a record is longer than its block";
+            assert_eq!(error(&u32s(kind, &[1, 1, 0, u32::MAX])), beyond);
+            assert_eq!(error(&u32s(kind, &[u32::MAX, 1, 0])), beyond);
+            assert_eq!(error(&u32s(kind, &[1, 1, 0, 0])), beyond, "without the second layer");
+            let mut expert = u32s(kind, &[1, 1, 0, 1]);
+            expert.push(64);
+            assert_eq!(error(&expert), "an expert is beyond its layer's count");
+        }
     }
 
     #[test]
@@ -558,7 +703,45 @@ mod tests {
         assert_eq!(e, "/nonexistent/x.trace: No such file or directory (os error 2)");
     }
 
+    fn key() -> impl Strategy<Value = Key> {
+        (0..9u16, 0..512u16).prop_map(|(layer, expert)| Key { layer, expert })
+    }
+
+    fn any_record() -> impl Strategy<Value = TraceRecord> {
+        let ids = |n_expert: u16| prop::collection::vec(0..n_expert, 0..40);
+        let sequences = prop::collection::vec((0..5u32, 1..9usize), 1..5);
+        let step = (any::<bool>(), sequences, ids(64), ids(512)).prop_map(|(prefill, runs, narrow, wide)| {
+            let sequences: Vec<u32> = runs.into_iter().flat_map(|(s, n)| vec![s * 0x0100_0001; n]).collect();
+            let n_tokens = sequences.len() as u32;
+            TraceRecord::Routed(Step { n_tokens, prefill, sequences, ids: vec![narrow, wide] })
+        });
+        let swap = (any::<u16>(), any::<u32>(), prop::option::of(key()), key()).prop_map(
+            |(class, slot, evict, admit)| TraceRecord::Swap { class, swap: Swap { slot, evict, admit } },
+        );
+        prop_oneof![step, swap]
+    }
+
     proptest! {
+        #[test]
+        fn every_record_is_read_as_it_was_written(records in prop::collection::vec(any_record(), 0..20)) {
+            let (got, error) = read(&written(&records));
+            prop_assert_eq!(error, None);
+            prop_assert_eq!(got, records);
+        }
+
+        #[test]
+        fn a_damaged_body_never_panics(
+            records in prop::collection::vec(any_record(), 1..4),
+            at in any::<prop::sample::Index>(),
+            byte in any::<u8>(),
+        ) {
+            let bytes = written(&records);
+            let mut body = bytes[HEAD + 8..].to_vec();
+            let at = at.index(body.len());
+            body[at] = byte;
+            read(&with_body(&bytes, &body));
+        }
+
         #[test]
         fn damaged_bytes_never_panic(at in 0..300usize, bit in 0..8u8, cut in 0..300usize) {
             let mut bytes = written(&(0..12).map(routed).collect::<Vec<_>>());

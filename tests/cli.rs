@@ -9,7 +9,7 @@ use std::{
 
 use moe_hot::{
     cost::{Cost, CostFile},
-    policy::PolicyKind,
+    policy::{PolicyKind, Routed},
     trace::{TraceHeader, TraceLayer, TraceWriter},
 };
 
@@ -18,11 +18,12 @@ fn moe_hot(args: &[&str]) -> Output {
 }
 
 fn trace(path: &Path) {
-    let layer = |il| TraceLayer { il, n_expert: 16, n_used: 2, class: 0 };
+    let layer = |il| TraceLayer { il, n_expert: 16, n_used: 2, class: 0, expert_bytes: 1000 };
     let header = TraceHeader { fingerprint: 1, k: 4, uses_per_upload: 64, layers: vec![layer(0), layer(1)] };
     let mut w = TraceWriter::create(path, &header).unwrap();
     for t in 0..200u16 {
-        w.routed(1, &[vec![t / 50, 5], vec![t % 16, (t + 3) % 16]]).unwrap();
+        let ids = [vec![t / 50, 5], vec![t % 16, (t + 3) % 16]];
+        w.routed(false, Routed { n_tokens: 1, sequences: &[0], ids: &ids }).unwrap();
     }
     w.flush().unwrap();
 }

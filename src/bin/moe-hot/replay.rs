@@ -203,7 +203,7 @@ impl Row {
             format!("{:.3}", self.reads()),
             o.uploads.to_string(),
             or_dash(o.hits_per_upload().map(|h| format!("{h:.1}"))),
-            or_dash(o.bytes_per_token().map(|b| format!("{b:.0}"))),
+            format!("{:.0}", o.bytes_per_token()),
             or_dash(cost.map(|c| format!("{:.2}", self.tokens_per_s(c)))),
         ]
     }
