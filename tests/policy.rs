@@ -1,5 +1,5 @@
-//! What the policies have to reach: on recorded text that none was tuned on, where the text changes its domain,
-//! and on routing that is made to be hard.
+//! What the policies have to reach: on recorded text that none was tuned on, where the text changes its
+//! domain, and on routing that is made to be hard.
 //!
 //! `traces/kept` was recorded by scripts/traces. Reads are the uses of experts without a slot, as a multiple
 //! of those of the optimum over the whole pool, which knows the future and copies for free.
@@ -221,8 +221,9 @@ fn predict_learns_who_follows_whom_where_a_frequency_cannot() {
     assert!(alone < 0.3 && decay < 0.3, "{alone:.2} and {decay:.2} without the announcement");
 }
 
-/// Bytes that leave host memory, for experts without a slot and for copies, as a multiple of what they would be
-/// if the slots kept whom they got first: what `static` needs, and any expert is as large as another.
+/// Bytes that leave host memory, for experts without a slot and for copies, as a multiple of what they
+/// would be if the slots kept whom they got first: what `static` needs, and any expert is as large as
+/// another.
 fn bytes(routing: &Routing, policy: &str, k: u32) -> f64 {
     let of = |policy| {
         let o = replay::replay(routing, spec(policy), k, BEST.1, |_, _, _| {});

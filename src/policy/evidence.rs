@@ -14,8 +14,8 @@ const DELAY: u64 = 2;
 const FOLLOWED: u64 = 32;
 /// Swaps remembered.
 const MEMORY: f64 = 256.0;
-/// Uses that a swap has to gain on average. On text it is 0.5 to 5; where it is zero, the mean over this memory
-/// soon comes below this ...
+/// Uses that a swap has to gain on average. On text it is 0.5 to 5; where it is zero, the mean over this
+/// memory soon comes below this ...
 const STOP: f64 = 0.1;
 /// ... and does not come above this by chance: then swaps would begin again.
 const RESUME: f64 = 0.8;
@@ -81,7 +81,8 @@ impl Evidence {
             trade.before = difference(&self.uses, trade);
             self.made += 1;
         }
-        while let Some(trade) = self.trades.pop_front_if(|t| t.at + DELAY + FOLLOWED <= self.now) {
+        while self.trades.front().is_some_and(|t| t.at + DELAY + FOLLOWED <= self.now) {
+            let trade = self.trades.pop_front().expect("there is one");
             self.made -= 1;
             self.followed[trade.admit as usize] = false;
             let gain = difference(&self.uses, &trade) - trade.before;

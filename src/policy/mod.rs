@@ -106,8 +106,8 @@ pub struct Routed<'a> {
     pub n_tokens: u32,
     /// Sequence of each token; empty when all are of one.
     pub sequences: &'a [u32],
-    /// `ids[layer]`: experts routed, the tokens one after the other. Where a layer has fewer than `n_used` for
-    /// each token, they are the last tokens'.
+    /// `ids[layer]`: experts routed, the tokens one after the other. Where a layer has fewer than `n_used`
+    /// for each token, they are the last tokens'.
     pub ids: &'a [Vec<u16>],
 }
 
@@ -126,8 +126,8 @@ pub trait Policy: Send {
     /// anything is observed.
     fn warm(&mut self, _heat: &[f32]) {}
 
-    /// Whether it found that swaps gain nothing on what is routed now, and swaps no more until they would: the
-    /// slots keep what they have.
+    /// Whether it found that swaps gain nothing on what is routed now, and swaps no more until they would:
+    /// the slots keep what they have.
     fn gave_up(&self) -> bool {
         false
     }

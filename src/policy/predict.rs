@@ -256,6 +256,7 @@ impl OwnFit {
         self.b[ONE] += sum(&example.uses);
     }
 
+    #[expect(clippy::needless_range_loop, reason = "rows of one matrix with those of another")]
     fn solve(&self) -> [f64; OWN.len() + 1] {
         let (mut a, mut b) = (self.a, self.b);
         for i in 0..b.len() {
@@ -422,7 +423,8 @@ impl Predict {
             }
             e.age += 1;
         }
-        while let Some(example) = self.examples.pop_front_if(|e| e.age >= lag + horizon) {
+        while self.examples.front().is_some_and(|e| e.age >= lag + horizon) {
+            let example = self.examples.pop_front().expect("there is one");
             if self.config.shared {
                 self.fit.learn(&example, self.config.memory);
             }

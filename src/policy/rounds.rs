@@ -1,9 +1,9 @@
 //! A ubatch as steps in time.
 //!
-//! Tokens of one sequence follow one another; tokens of different sequences do not. So the first tokens of all
-//! sequences of a ubatch are one step, the second ones the next, and so on: with sequences decoded in parallel
-//! a step is what all of them route at once, and what comes next for the slots is the sum of what comes
-//! next for each.
+//! Tokens of one sequence follow one another; tokens of different sequences do not. So the first tokens of
+//! all sequences of a ubatch are one step, the second ones the next, and so on: with sequences decoded in
+//! parallel a step is what all of them route at once, and what comes next for the slots is the sum of what
+//! comes next for each.
 
 use super::{Key, PoolShape, Routed};
 

@@ -1,6 +1,6 @@
-//! Loops over long rows, with AVX2 where the CPU has it. Written out, since the compiler makes vectors of loops in
-//! optimised builds only and tests replay a lot. Lanes are independent and nothing is fused, so the results
-//! are the same on every machine.
+//! Loops over long rows, with AVX2 where the CPU has it. Written out, since the compiler makes vectors of
+//! loops in optimised builds only and tests replay a lot. Lanes are independent and nothing is fused, so
+//! the results are the same on every machine.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{

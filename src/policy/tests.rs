@@ -490,7 +490,7 @@ fn where_all_experts_are_used_alike_swaps_stop_until_they_are_not() {
     for text in ["decay", "predict"] {
         let mut p = Pool { policy: build(text.parse::<PolicySpec>().unwrap(), shape), slots: vec![None; 32] };
         let mut state = 1;
-        let mut token = |p: &mut Pool, ids: &[Vec<u16>]| {
+        let token = |p: &mut Pool, ids: &[Vec<u16>]| {
             p.policy.observe(routed(1, ids));
             p.plan(Limits { max_swaps: 2 }).len()
         };
@@ -547,8 +547,8 @@ fn predict_starts_warm_from_a_prompt() {
 
 #[test]
 fn predict_takes_sequences_apart() {
-    // A sequence whose expert B follows A, beside one that uses others: the same decisions whatever the order of
-    // the tokens in the ubatch, and not those that the tokens of one text would bring
+    // A sequence whose expert B follows A, beside one that uses others: the same decisions whatever the
+    // order of the tokens in the ubatch, and not those that the tokens of one text would bring
     let run = |sequences: &[u32], swapped: bool| {
         let mut p = Pool::new(PolicyKind::Predict, shape(1, 64, 6));
         (0..800u16)
