@@ -499,7 +499,7 @@ mod tests {
             cold: 3,
             cold_layers: 3,
             uploads: 1,
-            bytes: 30,
+            bytes: 40,
         };
         assert_eq!(o, expected);
     }

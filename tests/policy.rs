@@ -180,12 +180,12 @@ fn a_change_of_domain_costs_at_most_64_tokens() {
 
 /// One token a step, from a function of layer and step.
 fn made(n_layers: u16, n_expert: u16, n_steps: u32, ids: impl Fn(u16, u32) -> Vec<u16>) -> Routing {
-    let layer = |il| TraceLayer { il, n_expert, n_used: ids(il, 0).len() as u16, class: 0 };
+    let layer = |il| TraceLayer { il, n_expert, n_used: ids(il, 0).len() as u16, class: 0, expert_bytes: 1 };
     let layers = (0..n_layers).map(layer).collect();
     Routing {
         header: TraceHeader { fingerprint: 0, k: 1, uses_per_upload: 8, layers },
         steps: (0..n_steps)
-            .map(|t| Step { n_tokens: 1, ids: (0..n_layers).map(|l| ids(l, t)).collect() })
+            .map(|t| Step { n_tokens: 1, ids: (0..n_layers).map(|l| ids(l, t)).collect(), ..Step::default() })
             .collect(),
         swaps: vec![],
     }

@@ -18,7 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use llama_tests::paths;
+use llama_tests::{paths, replayed::assert_replays};
+use moe_hot::policy::PolicyKind;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -31,6 +32,8 @@ struct Server {
     dir: TempDir,
 }
 
+const K: u32 = 16;
+const INTERVAL: u32 = 4;
 /// Slots a layer and interval of the server under test.
 const HOT: [(&str, &str); 3] = [
     ("LLAMA_ARG_MOE_HOT_K", "16"),
@@ -58,6 +61,9 @@ impl Server {
         }
         // threads of ggml that wait give way: tests share the machine
         command.env("OMP_WAIT_POLICY", "passive").envs(HOT.into_iter().filter(|_| hot));
+        if hot {
+            command.env("LLAMA_ARG_MOE_HOT_TRACE", dir.path().join("trace"));
+        }
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
         let child = command.spawn().expect("llama-server can be started");
         let mut server = Server { child, port, dir };
@@ -295,7 +301,7 @@ impl Answers {
 }
 
 /// Ends a server that is idle, and gives its log.
-fn end(mut server: Server) -> String {
+fn end(server: &mut Server) -> String {
     let (status, _) = server.terminate();
     let log = server.log();
     assert!(status.success(), "llama-server ended with {status}:\n{}", server.log_end());
@@ -330,18 +336,24 @@ fn counted(log: &str, what: &str) -> f64 {
 #[test]
 fn answers_equal_stocks() {
     let requests = requests(N_REQUESTS);
-    let server = Server::start(false);
+    let mut server = Server::start(false);
     let stock = Answers::of(&server, &requests);
-    let log = end(server);
+    let log = end(&mut server);
     assert!(!log.contains("moe-hot"), "stock has an expert cache");
 
-    let server = Server::start(true);
+    let mut server = Server::start(true);
     let hot = Answers::of(&server, &requests);
-    let log = end(server);
+    let log = end(&mut server);
     assert!(log.contains("moe-hot: requested K = 16, active: 96 slots"), "the cache is not active:\n{log}");
     for what in [" tokens, hit rate ", "%, ", " uploads (", " evictions,", " rebalances in"] {
         assert!(counted(&log, what) > 0.0, "there is nothing before '{what}'");
     }
+
+    // what it decided, for all clients and prompts, is what a replay decides
+    let routing = assert_replays(&server.dir.path().join("trace"), PolicyKind::default(), K, INTERVAL);
+    assert!(routing.steps.iter().any(|s| s.prefill), "no prompt in the trace");
+    let sequences: std::collections::BTreeSet<_> = routing.steps.iter().flat_map(|s| &s.sequences).collect();
+    assert_eq!(sequences.len(), N_CLIENTS, "{sequences:?}");
 
     for (i, (s, h)) in stock.one_at_a_time.iter().zip(&hot.one_at_a_time).enumerate() {
         assert!(!s.tokens.is_empty(), "request {i}: an empty answer");

@@ -12,7 +12,7 @@ const SHARE: f64 = 0.9;
 
 fn text(model: &Model<'_>) -> Vec<i32> {
     let text = std::fs::read_to_string(paths::root().join("models/texts/fiction.txt")).expect("is shipped");
-    let tokens = model.tokens(&text[..text.floor_char_boundary(6 * (PROMPT + DECODED))]);
+    let tokens = model.tokens(&text.chars().take(6 * (PROMPT + DECODED)).collect::<String>());
     assert!(tokens.len() >= PROMPT + DECODED, "the text is too short: {} tokens", tokens.len());
     tokens
 }
