@@ -26,7 +26,7 @@ fn bindings(root: &Path, out: &Path) {
     println!("cargo::rerun-if-changed={}", header.display());
     assert!(header.exists(), "{} is missing: run scripts/setup first", header.display());
 
-    bindgen::Builder::default()
+    let bindings = bindgen::Builder::default()
         .header(header.to_str().expect("path is UTF-8"))
         .clang_arg(format!("-I{}", include.display()))
         .allowlist_type("ggml_tensor")
@@ -40,8 +40,21 @@ fn bindings(root: &Path, out: &Path) {
         .generate_comments(false)
         .generate()
         .expect("bindgen reads ggml.h (is libclang installed? scripts/setup brings one)")
-        .write_to_file(out.join("ggml.rs"))
+        .to_string();
+    std::fs::write(out.join("ggml.rs"), bindings.clone() + &type_names(&bindings))
         .expect("the build directory is writable");
+}
+
+/// A table of the names of ggml's types as its tools print them, from the constants.
+fn type_names(bindings: &str) -> String {
+    let constant = |line: &str| {
+        let (name, value) = line.strip_prefix("pub const GGML_TYPE_")?.split_once(": ggml_type = ")?;
+        // what is K in a name is a capital
+        let name = name.to_lowercase().replace("_k", "_K");
+        Some(format!("    ({}, \"{name}\"),\n", value.trim_end_matches(';')))
+    };
+    let rows: String = bindings.lines().filter_map(constant).collect();
+    format!("\npub const TYPE_NAMES: &[(i32, &str)] = &[\n{rows}];\n")
 }
 
 fn kernels(root: &Path, out: &Path) {

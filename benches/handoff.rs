@@ -144,7 +144,8 @@ fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
         n_out: EMBD,
     };
     let port = Port::new(device.clone(), shape)?;
-    let memory = VideoMemory::new(device.clone(), EMBD * 4 * (USED + 2) + 16384)?;
+    let bytes = EMBD * 4 * (USED + 2) + 16384;
+    let memory = VideoMemory::new(device.clone(), bytes, bytes)?;
     let ids: [i32; USED] = std::array::from_fn(|k| k as i32 * 7);
     cu!(cuMemcpyHtoD_v2(memory.ptr() as u64 + (EMBD * 4) as u64, ids.as_ptr().cast(), size_of_val(&ids)));
 
@@ -177,7 +178,7 @@ fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
 fn copy_loop() -> Result<(), CudaError> {
     const BYTES: usize = 64 << 20;
     let device = open()?;
-    let memory = VideoMemory::new(device.clone(), BYTES)?;
+    let memory = VideoMemory::new(device.clone(), BYTES, BYTES)?;
     let mut host = ptr::null_mut();
     cu!(cuMemHostAlloc(&mut host, BYTES, 0));
     loop {

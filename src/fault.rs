@@ -5,13 +5,14 @@
 //!
 //! | name | what |
 //! |---|---|
-//! | `alloc=N` | the N-th allocation of VRAM fails |
+//! | `alloc=N` | the N-th time that slots get memory fails |
 //! | `register=N`, `copy=N` | every N-th registration, copy fails |
 //! | `torn=N` | every N-th copy brings only the first half of each matrix, and says that it brought all |
 //! | `row=N` | a panic in every N-th request for cold experts |
 //! | `stall=N`, `stall_ms=N` | a worker sleeps in the N-th one that workers begin; for how long |
+//! | `slow=N` | DISPATCH takes N ms more when an expert is cold, in host memory |
 //! | `bound=N` | JOIN waits for N ms at most |
-//! | `vram=N` | the device claims to have N MiB free |
+//! | `vram=N` | the device of the slots claims to have N MiB free |
 //! | `driver=N` | the driver claims to be of CUDA version N, as `cuDriverGetVersion` counts |
 
 use std::{

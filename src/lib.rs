@@ -8,6 +8,7 @@
 #![warn(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod budget;
 pub mod cold;
 pub mod config;
 pub mod context;
@@ -19,6 +20,7 @@ pub mod ffi;
 pub mod ggml;
 #[cfg(feature = "cli")]
 pub mod heatmap;
+pub mod judge;
 pub mod lanes;
 pub mod log;
 pub mod mailbox;
@@ -36,4 +38,5 @@ pub mod trace;
 pub mod transfer;
 pub mod usage;
 pub mod verify;
+pub mod view;
 pub mod warm;
