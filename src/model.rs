@@ -54,8 +54,8 @@ const LONG_BYTES: usize = 8 << 30;
 /// How long copies under way are waited for before slots are verified.
 const COPIES_END: Duration = Duration::from_secs(2);
 
-/// Types and shapes that experts must share to share slots. Gate and up may be merged, hence a list.
-type ClassKey = Vec<(i32, usize, usize)>;
+/// Types, shapes and bytes that experts must share to share slots. Gate and up may be merged, hence a list.
+type ClassKey = Vec<(i32, usize, usize, usize)>;
 
 /// Slot of every expert of one layer, -1 for cold. Read by DISPATCH at any time.
 pub struct LayerMap(Box<[AtomicI32]>);
@@ -925,7 +925,7 @@ fn hottest(mut keys: Vec<Key>, n: usize, uses: impl Fn(&Key) -> f32) -> Vec<Key>
 }
 
 fn class_key(l: &Layer) -> ClassKey {
-    l.matrices().map(|m| (m.ty, m.n_in, m.n_out)).collect()
+    l.matrices().map(|m| (m.ty, m.n_in, m.n_out, m.expert_bytes)).collect()
 }
 
 /// How the workers compute: ` (q4_0 avx512, ggml; 71 GB/s)`.

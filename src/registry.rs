@@ -57,9 +57,9 @@ pub fn attach(key: usize, config: Config) -> Arc<Model> {
     entry.model.clone()
 }
 
-/// A context of the model at `key` is gone.
-pub fn detach(key: usize) {
-    if let Some(entry) = MODELS.lock().get_mut(&key) {
+/// A context of `model` at `key` is gone. By now there may be another model at that address.
+pub fn detach(key: usize, model: &Arc<Model>) {
+    if let Some(entry) = MODELS.lock().get_mut(&key).filter(|e| Arc::ptr_eq(&e.model, model)) {
         entry.contexts -= 1;
     }
 }
