@@ -45,6 +45,8 @@ pub const BLOCK_BYTES: usize = 64 << 10;
 const MAX_BYTES: u32 = 256 << 20;
 /// Most tokens of a ubatch that a reader accepts: a bound on memory for damaged files.
 const MAX_TOKENS: u32 = 1 << 20;
+/// Most bytes of an expert that a reader accepts, so that sums over a trace fit.
+const MAX_EXPERT_BYTES: u64 = 1 << 40;
 /// Bytes of the head before its layers, and of each layer.
 const HEAD_BYTES: usize = 20;
 const LAYER_BYTES: usize = 16;
@@ -372,6 +374,9 @@ impl<R: Read> TraceReader<R> {
         if r.header.layers.len() > usize::from(u16::MAX) {
             return Err(damaged("it has more layers than a model can have"));
         }
+        if r.header.layers.iter().any(|l| l.expert_bytes > MAX_EXPERT_BYTES) {
+            return Err(damaged("an expert claims an impossible size"));
+        }
         if r.header.layers.iter().any(|l| l.n_used == 0 || l.n_used > l.n_expert) {
             return Err(damaged("a layer's tokens cannot use as many experts"));
         }
@@ -632,6 +637,11 @@ mod tests {
             let why = "t.trace: the head at offset 0 is damaged: a layer's tokens cannot use as many experts";
             assert_eq!(read(&fs::read(&path).unwrap()).1.as_deref(), Some(why));
         }
+        let mut header = header();
+        header.layers[0].expert_bytes = MAX_EXPERT_BYTES + 1;
+        TraceWriter::create(&path, &header).unwrap();
+        let why = "t.trace: the head at offset 0 is damaged: an expert claims an impossible size";
+        assert_eq!(read(&fs::read(&path).unwrap()).1.as_deref(), Some(why));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Any trace replayed against any policy.
 
-use std::{io::Cursor, path::Path};
+use std::{collections::BTreeSet, io::Cursor, path::Path};
 
 use arbitrary::{Arbitrary, Unstructured};
 use moe_hot::{
@@ -13,14 +13,17 @@ use super::{memory::bounded, trace::with_checksums};
 
 /// What a policy knows of an expert, all tables together.
 const PER_EXPERT: usize = 2 << 10;
-/// What the traces's tokens cost: their sequences and the steps that they are taken apart into.
+/// What the trace's tokens cost: their sequences and the steps that they are taken apart into.
 const PER_TOKEN: usize = 128;
 const PER_BYTE: usize = 128;
-const FIXED: usize = 4 << 20;
+const FIXED: usize = 1 << 20;
+/// The tables of `predict` for a pool at [`MAX_RANK`].
+const PER_POOL: usize = 1 << 20;
 /// Larger ones are valid, and slow.
 const MAX_EXPERTS: usize = 2048;
 const MAX_TOKENS: u64 = 1 << 14;
 const MAX_STEPS: usize = 256;
+const MAX_RANK: u32 = 64;
 
 #[derive(Arbitrary, Debug)]
 struct Run<'a> {
@@ -39,7 +42,7 @@ enum Policy<'a> {
 /// Whoever chooses the slots, the uses are the same ones.
 pub fn run(data: &[u8]) {
     let Ok(run) = Run::arbitrary_take_rest(Unstructured::new(data)) else { return };
-    let spec: PolicySpec = match run.policy {
+    let mut spec: PolicySpec = match run.policy {
         Policy::Kind(i) => {
             let kinds: Vec<_> = PolicyKind::all().collect();
             kinds[usize::from(i) % kinds.len()].into()
@@ -49,6 +52,9 @@ pub fn run(data: &[u8]) {
             Err(_) => return,
         },
     };
+    if let PolicySpec::Predict(config) = &mut spec {
+        config.rank = config.rank.min(MAX_RANK);
+    }
     let trace = Cursor::new(with_checksums(run.trace));
     let Ok(reader) = TraceReader::unpack(trace, Path::new("t.trace")) else { return };
     let Ok(routing) = Routing::read(reader) else { return };
@@ -60,7 +66,8 @@ pub fn run(data: &[u8]) {
     if n_experts > MAX_EXPERTS || n_tokens > MAX_TOKENS || routing.steps.len() > MAX_STEPS {
         return;
     }
-    let bound = FIXED + PER_EXPERT * n_experts + PER_TOKEN * n_tokens as usize + PER_BYTE * data.len();
+    let n_pools = layers.iter().map(|l| l.class).collect::<BTreeSet<_>>().len();
+    let bound = FIXED + PER_POOL * n_pools + PER_EXPERT * n_experts + PER_TOKEN * n_tokens as usize + PER_BYTE * data.len();
     bounded(bound, || {
         let (k, interval) = (run.k.into(), run.interval.into());
         let uses = routing.counts().iter().flatten().sum::<u64>();
