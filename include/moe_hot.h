@@ -33,7 +33,8 @@ typedef enum moe_hot_activation {
   MOE_HOT_RELU_SQR = 2,
 } moe_hot_activation;
 
-// One llama_context on its model's pool.
+// One llama_context on its model's pool. A handle, not an address: one that was freed is refused, and never given
+// again.
 typedef struct moe_hot_context moe_hot_context;
 
 // One projection of all experts of a layer, in host memory.
@@ -78,8 +79,8 @@ typedef struct moe_hot_layer {
   struct moe_hot_matrix down;
   // Whether `up` holds gate and up.
   bool merged;
-  // Which activation.
-  enum moe_hot_activation activation;
+  // Which `moe_hot_activation`.
+  int32_t activation;
   // ggml's vector function for MOE_HOT_GATED.
   void (*gated)(int n, float *y, const float *x, const float *g);
   // ggml's vector function for MOE_HOT_UNARY.
@@ -164,11 +165,13 @@ extern "C" {
 // The message of this thread's last call that failed; valid until the next one fails.
 const char *moe_hot_error(void);
 
-// Sets the receiver of messages: `level` is a ggml_log_level, `text` has no line end. Null: none.
+// Sets the receiver of messages: `level` is a ggml_log_level, `text` has no line end. Null: none. It must not call
+// this library.
 //
 // # Safety
 // `callback` may be called from any thread until it is replaced.
-void moe_hot_set_log(void (*callback)(int32_t level, const char *text, void *user_data), void *user_data);
+void moe_hot_set_log(void (*callback)(int32_t level, const char *text, void *user_data),
+                     void *user_data);
 
 // Sets an option by its flag name without dashes ("moe-hot-k"). Null: back to environment or default.
 // A value that is not allowed is refused, with a message that names option, value and what is allowed.
@@ -197,10 +200,11 @@ enum moe_hot_status moe_hot_enabled(bool *enabled);
 // `out` is null or valid for a write. What is returned is freed with `moe_hot_context_free`.
 enum moe_hot_status moe_hot_context_create(const void *model, struct moe_hot_context **out);
 
-// Frees a context; null is allowed. No step of it may be running.
+// Frees a context; null is allowed, and what is no context is left alone. No step of it may be running, and the
+// userdata of its nodes is gone with it.
 //
 // # Safety
-// `ctx` is null or from `moe_hot_context_create`, and not used again.
+// No node of it is run again.
 void moe_hot_context_free(struct moe_hot_context *ctx);
 
 // The model is gone: drops its pool once no context uses it. The weights must outlive this call.

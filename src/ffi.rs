@@ -1,7 +1,9 @@
 //! The C ABI: check, cast, call, map the error. No logic lives here.
 //!
 //! Every entry point is a panic boundary. What fails returns a status and leaves a message for
-//! [`moe_hot_error`]; a null handle is an error, never undefined behaviour.
+//! [`moe_hot_error`]. A handle that is null, freed or foreign is an error, never undefined behaviour, and so is an
+//! argument that is null or misaligned. Undefined is only what no library can see: memory that is not there or not as
+//! large as said, and userdata of nodes that is not what [`moe_hot_op_data`] gave.
 
 #![allow(non_camel_case_types)]
 
@@ -19,6 +21,7 @@ use crate::{
     context::{Context, StepError},
     device::{SlotMemory, cuda, host},
     ggml::ggml_tensor,
+    handles::Handles,
     log::{self, Level, log},
     model::{Model, Offer},
     registry, view,
@@ -110,8 +113,8 @@ pub struct moe_hot_layer {
     pub down: moe_hot_matrix,
     /// Whether `up` holds gate and up.
     pub merged: bool,
-    /// Which activation.
-    pub activation: moe_hot_activation,
+    /// Which `moe_hot_activation`.
+    pub activation: i32,
     /// ggml's vector function for MOE_HOT_GATED.
     pub gated: Option<unsafe extern "C" fn(n: c_int, y: *mut f32, x: *const f32, g: *const f32)>,
     /// ggml's vector function for MOE_HOT_UNARY.
@@ -180,14 +183,20 @@ pub struct moe_hot_stats {
     pub worker_busy_us: u64,
 }
 
-/// One llama_context on its model's pool.
-pub struct moe_hot_context {
+/// One llama_context on its model's pool. A handle, not an address: one that was freed is refused, and never given
+/// again.
+pub struct moe_hot_context(());
+
+/// What a handle stands for.
+struct Attached {
     model: Arc<Model>,
     key: usize,
     /// Made by activation. The ops point to it: declared last, and boxed.
     ops: Box<[Op]>,
     context: Option<Arc<Context>>,
 }
+
+static CONTEXTS: Handles<Attached> = Handles::new();
 
 /// What a node of one layer gets as its userdata.
 struct Op {
@@ -230,15 +239,43 @@ fn guard(f: impl FnOnce() -> moe_hot_status) -> moe_hot_status {
     })
 }
 
+/// What the handle `$ctx` stands for, or return MOE_HOT_INVALID_ARGUMENT.
+macro_rules! live {
+    ($ctx:ident) => {
+        match CONTEXTS.get($ctx.addr()) {
+            Some(c) => c,
+            None if $ctx.is_null() => return fail(MOE_HOT_INVALID_ARGUMENT, "moe-hot: ctx is null"),
+            None => return fail(MOE_HOT_INVALID_ARGUMENT, NO_CONTEXT),
+        }
+    };
+}
+const NO_CONTEXT: &str = "moe-hot: ctx is no context: it was freed, or is from elsewhere";
+
 /// `$p` as a reference, or return MOE_HOT_INVALID_ARGUMENT.
 macro_rules! deref {
-    ($p:ident, $how:ident) => {
-        // SAFETY: the caller hands in what this library gave it, or null.
+    ($p:ident, $how:ident) => {{
+        if !$p.is_aligned() {
+            return fail(MOE_HOT_INVALID_ARGUMENT, concat!("moe-hot: ", stringify!($p), " is misaligned"));
+        }
+        // SAFETY: the caller hands in what is valid for that, or null.
         match unsafe { $p.$how() } {
             Some(r) => r,
             None => return fail(MOE_HOT_INVALID_ARGUMENT, concat!("moe-hot: ", stringify!($p), " is null")),
         }
-    };
+    }};
+}
+
+/// The `$n` elements at `$p`, or return MOE_HOT_INVALID_ARGUMENT.
+macro_rules! elements {
+    ($p:ident, $n:expr) => {{
+        let (first, n) = (deref!($p, as_ref), $n);
+        if n > isize::MAX as usize / size_of_val(first) {
+            let why = format!(concat!("moe-hot: there are no {} ", stringify!($p)), n);
+            return fail(MOE_HOT_INVALID_ARGUMENT, &why);
+        }
+        // SAFETY: neither null nor misaligned, and no larger than an object can be; the caller gives that many.
+        unsafe { std::slice::from_raw_parts($p, n) }
+    }};
 }
 
 /// A string argument, or return MOE_HOT_INVALID_ARGUMENT.
@@ -261,7 +298,8 @@ pub extern "C" fn moe_hot_error() -> *const c_char {
     ERROR.with_borrow(|e| e.as_ptr())
 }
 
-/// Sets the receiver of messages: `level` is a ggml_log_level, `text` has no line end. Null: none.
+/// Sets the receiver of messages: `level` is a ggml_log_level, `text` has no line end. Null: none. It must not call
+/// this library.
 ///
 /// # Safety
 /// `callback` may be called from any thread until it is replaced.
@@ -351,24 +389,26 @@ pub unsafe extern "C" fn moe_hot_context_create(
         };
         let key = model as usize;
         let model = registry::attach(key, config);
-        *out = Box::into_raw(Box::new(moe_hot_context { model, key, ops: Box::default(), context: None }));
+        let handle = CONTEXTS.add(Attached { model, key, ops: Box::default(), context: None });
+        *out = ptr::without_provenance_mut(handle);
         MOE_HOT_OK
     })
 }
 
-/// Frees a context; null is allowed. No step of it may be running.
+/// Frees a context; null is allowed, and what is no context is left alone. No step of it may be running, and the
+/// userdata of its nodes is gone with it.
 ///
 /// # Safety
-/// `ctx` is null or from `moe_hot_context_create`, and not used again.
+/// No node of it is run again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_context_free(ctx: *mut moe_hot_context) {
     guard(|| {
-        if !ctx.is_null() {
-            // SAFETY: made by `Box::into_raw`, freed once (the caller's promise).
-            let ctx = unsafe { Box::from_raw(ctx) };
-            let key = ctx.key;
+        if let Some(ctx) = CONTEXTS.remove(ctx.addr()) {
+            let (key, model) = (ctx.key, ctx.model.clone());
             drop(ctx);
-            registry::detach(key);
+            registry::detach(key, &model);
+        } else if !ctx.is_null() {
+            return fail(MOE_HOT_INVALID_ARGUMENT, NO_CONTEXT);
         }
         MOE_HOT_OK
     });
@@ -393,7 +433,7 @@ pub unsafe extern "C" fn moe_hot_offer(
     layer: *const moe_hot_layer,
 ) -> moe_hot_status {
     guard(|| {
-        let ctx = deref!(ctx, as_ref);
+        let ctx = live!(ctx);
         let desc = deref!(layer, as_ref);
         let device = desc.device;
         let device = if device.is_null() { None } else { Some(text!(device).to_string()) };
@@ -420,10 +460,9 @@ pub unsafe extern "C" fn moe_hot_router(
     bytes: usize,
 ) -> moe_hot_status {
     guard(|| {
-        let ctx = deref!(ctx, as_ref);
-        let weights = deref!(weights, as_ref);
-        // SAFETY: see above.
-        ctx.model.router(il, unsafe { std::slice::from_raw_parts(ptr::from_ref(weights).cast(), bytes) });
+        let ctx = live!(ctx);
+        let weights = weights.cast::<u8>();
+        ctx.model.router(il, elements!(weights, bytes));
         MOE_HOT_OK
     })
 }
@@ -439,7 +478,7 @@ pub unsafe extern "C" fn moe_hot_skip(
     reason: *const c_char,
 ) -> moe_hot_status {
     guard(|| {
-        let ctx = deref!(ctx, as_ref);
+        let ctx = live!(ctx);
         ctx.model.skip(il, text!(reason));
         MOE_HOT_OK
     })
@@ -459,11 +498,13 @@ pub unsafe extern "C" fn moe_hot_activate(
     active: *mut bool,
 ) -> moe_hot_status {
     guard(|| {
-        let ctx = deref!(ctx, as_mut);
+        let handle = ctx.addr();
+        let ctx = live!(ctx);
         let active = deref!(active, as_mut);
         *active = false;
+        let is_active = || fail(MOE_HOT_STATE, "moe-hot: the context is active already");
         if ctx.context.is_some() {
-            return fail(MOE_HOT_STATE, "moe-hot: the context is active already");
+            return is_active();
         }
         let name = deref!(name, as_ref);
         // SAFETY: not null; the caller gives a zero-terminated string.
@@ -478,10 +519,17 @@ pub unsafe extern "C" fn moe_hot_activate(
                 return MOE_HOT_OK;
             }
         };
-        ctx.ops = (0..ctx.model.layers().len()).map(|layer| Op { context: context.clone(), layer }).collect();
-        ctx.context = Some(context);
-        *active = true;
-        MOE_HOT_OK
+        let (model, key) = (ctx.model.clone(), ctx.key);
+        let ops = (0..model.layers().len()).map(|layer| Op { context: context.clone(), layer }).collect();
+        let wired = Attached { model, key, ops, context: Some(context) };
+        // another thread may have been faster
+        match CONTEXTS.replace(handle, wired, |old| old.context.is_none()) {
+            Ok(_) => {
+                *active = true;
+                MOE_HOT_OK
+            }
+            Err(_) => is_active(),
+        }
     })
 }
 
@@ -493,7 +541,7 @@ pub unsafe extern "C" fn moe_hot_activate(
 pub unsafe extern "C" fn moe_hot_find(ctx: *const moe_hot_context, down_data: *const c_void) -> i32 {
     let mut found = -1;
     guard(|| {
-        let ctx = deref!(ctx, as_ref);
+        let ctx = live!(ctx);
         if ctx.context.is_some() {
             found = ctx.model.find(down_data.cast()).map_or(-1, |i| i as i32);
         }
@@ -509,9 +557,13 @@ pub unsafe extern "C" fn moe_hot_find(ctx: *const moe_hot_context, down_data: *c
 /// `ctx` is null or from `moe_hot_context_create`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_max_tokens(ctx: *const moe_hot_context) -> u32 {
-    // SAFETY: see above.
-    let ctx = unsafe { ctx.as_ref() };
-    ctx.map_or(0, |c| c.context.as_ref().map_or_else(|| c.model.max_tokens(), |active| active.max_tokens()))
+    let mut n = 0;
+    guard(|| {
+        let ctx = live!(ctx);
+        n = ctx.context.as_ref().map_or_else(|| ctx.model.max_tokens(), |active| active.max_tokens());
+        MOE_HOT_OK
+    });
+    n
 }
 
 /// Changes when graphs that were built before must not be used again: where ubatches take the hot path that did not, or
@@ -521,9 +573,12 @@ pub unsafe extern "C" fn moe_hot_max_tokens(ctx: *const moe_hot_context) -> u32 
 /// `ctx` is null or from `moe_hot_context_create`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_graph_version(ctx: *const moe_hot_context) -> u64 {
-    // SAFETY: see above.
-    let context = unsafe { ctx.as_ref() }.and_then(|c| c.context.as_ref());
-    context.map_or(0, |c| c.graph_version())
+    let mut version = 0;
+    guard(|| {
+        version = live!(ctx).context.as_ref().map_or(0, |c| c.graph_version());
+        MOE_HOT_OK
+    });
+    version
 }
 
 /// Whether `moe_hot_prompt_routed` should be told what a ubatch of `n_tokens` tokens routes that does not take the hot
@@ -533,9 +588,12 @@ pub unsafe extern "C" fn moe_hot_graph_version(ctx: *const moe_hot_context) -> u
 /// `ctx` is null or from `moe_hot_context_create`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_observes(ctx: *const moe_hot_context, n_tokens: u32) -> bool {
-    // SAFETY: see above.
-    let context = unsafe { ctx.as_ref() }.and_then(|c| c.context.as_ref());
-    context.is_some_and(|c| c.observes(n_tokens))
+    let mut observes = false;
+    guard(|| {
+        observes = live!(ctx).context.as_ref().is_some_and(|c| c.observes(n_tokens));
+        MOE_HOT_OK
+    });
+    observes
 }
 
 /// The slots of hot layer `layer`.
@@ -549,7 +607,7 @@ pub unsafe extern "C" fn moe_hot_get_slots(
     out: *mut moe_hot_slots,
 ) -> moe_hot_status {
     guard(|| {
-        let ctx = deref!(ctx, as_ref);
+        let ctx = live!(ctx);
         let out = deref!(out, as_mut);
         if ctx.context.is_none() || layer < 0 || layer as usize >= ctx.ops.len() {
             return fail(MOE_HOT_INVALID_ARGUMENT, &format!("moe-hot: there is no hot layer {layer}"));
@@ -582,9 +640,15 @@ pub unsafe extern "C" fn moe_hot_get_slots(
 /// `ctx` is null or from `moe_hot_context_create`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_op_data(ctx: *const moe_hot_context, layer: i32) -> *mut c_void {
-    // SAFETY: see above.
-    let op = unsafe { ctx.as_ref() }.and_then(|c| c.ops.get(usize::try_from(layer).ok()?));
-    op.map_or(ptr::null_mut(), |op| ptr::from_ref(op).cast_mut().cast())
+    let mut data = ptr::null_mut();
+    guard(|| {
+        let ctx = live!(ctx);
+        if let Some(op) = usize::try_from(layer).ok().and_then(|layer| ctx.ops.get(layer)) {
+            data = ptr::from_ref(op).cast_mut().cast();
+        }
+        MOE_HOT_OK
+    });
+    data
 }
 
 /// A ubatch of `n_tokens` tokens is about to be computed, each of the sequence in `sequences` or, where that is null,
@@ -602,15 +666,13 @@ pub unsafe extern "C" fn moe_hot_step_begin(
     hot: *mut bool,
 ) -> moe_hot_status {
     guard(|| {
-        let ctx = deref!(ctx, as_ref);
+        let ctx = live!(ctx);
         let hot = deref!(hot, as_mut);
         *hot = false;
         let Some(c) = &ctx.context else { return MOE_HOT_OK };
-        let sequences = match sequences.is_null() {
-            true => &[],
-            // SAFETY: see above. An id is not negative, so it has the same value as a u32.
-            false => unsafe { std::slice::from_raw_parts(sequences.cast::<u32>(), n_tokens as usize) },
-        };
+        // an id is not negative, so it has the same value as a u32
+        let sequences = sequences.cast::<u32>();
+        let sequences = if sequences.is_null() { &[] } else { elements!(sequences, n_tokens as usize) };
         match c.step_begin(n_tokens, sequences) {
             Ok(h) => {
                 *hot = h;
@@ -628,7 +690,7 @@ pub unsafe extern "C" fn moe_hot_step_begin(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_step_work(ctx: *mut moe_hot_context) -> moe_hot_status {
     guard(|| {
-        if let Some(c) = &deref!(ctx, as_ref).context {
+        if let Some(c) = &live!(ctx).context {
             c.step_work();
         }
         MOE_HOT_OK
@@ -648,14 +710,12 @@ pub unsafe extern "C" fn moe_hot_prompt_routed(
     n: usize,
 ) -> moe_hot_status {
     guard(|| {
-        let ctx = deref!(ctx, as_ref);
+        let ctx = live!(ctx);
         let Some(c) = &ctx.context else { return MOE_HOT_OK };
-        let layer = usize::try_from(layer).ok().filter(|l| *l < ctx.model.layers().len());
-        let (Some(layer), false) = (layer, ids.is_null()) else {
-            return fail(MOE_HOT_INVALID_ARGUMENT, "moe_hot_prompt_routed: no such layer, or no ids");
+        let Some(layer) = usize::try_from(layer).ok().filter(|l| *l < ctx.ops.len()) else {
+            return fail(MOE_HOT_INVALID_ARGUMENT, &format!("moe-hot: there is no hot layer {layer}"));
         };
-        // SAFETY: see above.
-        c.prompt_routed(layer, unsafe { std::slice::from_raw_parts(ids, n) });
+        c.prompt_routed(layer, elements!(ids, n));
         MOE_HOT_OK
     })
 }
@@ -666,7 +726,7 @@ pub unsafe extern "C" fn moe_hot_prompt_routed(
 /// `ctx` is null or from `moe_hot_context_create`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_step_end(ctx: *mut moe_hot_context) -> moe_hot_status {
-    guard(|| match deref!(ctx, as_ref).context.as_ref().map_or(Ok(()), |c| c.step_end()) {
+    guard(|| match live!(ctx).context.as_ref().map_or(Ok(()), |c| c.step_end()) {
         Ok(()) => MOE_HOT_OK,
         Err(e) => fail(MOE_HOT_FAILED, &format!("moe-hot: {e}")),
     })
@@ -682,7 +742,7 @@ pub unsafe extern "C" fn moe_hot_get_stats(
     out: *mut moe_hot_stats,
 ) -> moe_hot_status {
     guard(|| {
-        let ctx = deref!(ctx, as_ref);
+        let ctx = live!(ctx);
         let out = deref!(out, as_mut);
         *out = moe_hot_stats::default();
         let Some(c) = &ctx.context else { return fail(MOE_HOT_STATE, "moe-hot: the context has no slots") };
@@ -715,7 +775,7 @@ pub unsafe extern "C" fn moe_hot_get_stats(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_reset_stats(ctx: *mut moe_hot_context) -> moe_hot_status {
     guard(|| {
-        if let Some(c) = &deref!(ctx, as_ref).context {
+        if let Some(c) = &live!(ctx).context {
             c.reset_stats();
         }
         MOE_HOT_OK
@@ -725,7 +785,7 @@ pub unsafe extern "C" fn moe_hot_reset_stats(ctx: *mut moe_hot_context) -> moe_h
 fn context_text(ctx: *const moe_hot_context, text: impl FnOnce(&Context) -> String) -> *const c_char {
     let mut out = ptr::null();
     guard(|| {
-        match &deref!(ctx, as_ref).context {
+        match &live!(ctx).context {
             Some(c) => out = hand_out(&text(c)),
             None => return fail(MOE_HOT_STATE, "moe-hot: the context has no slots"),
         }
@@ -785,11 +845,8 @@ pub unsafe extern "C" fn moe_hot_http(
     guard(|| {
         let out = deref!(out, as_mut);
         let (method, path) = (text!(method), text!(path));
-        let body = match body.is_null() {
-            true => &[],
-            // SAFETY: see above.
-            false => unsafe { std::slice::from_raw_parts(body.cast::<u8>(), n_body) },
-        };
+        let body = body.cast::<u8>();
+        let body = if body.is_null() { &[] } else { elements!(body, n_body) };
         let r = view::request(method, path, body, writable);
         RESPONSE.with_borrow_mut(|held| {
             *held = [r.content_type, r.security_policy.unwrap_or_default(), &r.body].map(c_text);
@@ -965,12 +1022,20 @@ fn to_matrix(m: &moe_hot_matrix, what: &str) -> Result<Option<Matrix>, String> {
             .filter(|v| *v > 0)
             .ok_or(format!("{what} has {name} = {v}, expected more than 0"))
     };
+    let (n_in, n_out) = (size(m.n_in, "n_in")?, size(m.n_out, "n_out")?);
+    // slots have no gaps between rows, and no type has less than a bit an element
+    if n_out.checked_mul(m.row_bytes) != Some(m.expert_bytes) || m.row_bytes < n_in.div_ceil(8) {
+        let (row, expert) = (m.row_bytes, m.expert_bytes);
+        return Err(format!(
+            "{what} has {row} bytes a row and {expert} an expert, for {n_out} rows of {n_in}"
+        ));
+    }
     Ok(Some(Matrix {
         data: m.data.cast(),
         buffer: (!m.buffer.is_null()).then_some((m.buffer as usize, m.buffer_bytes)),
         ty: m.type_,
-        n_in: size(m.n_in, "n_in")?,
-        n_out: size(m.n_out, "n_out")?,
+        n_in,
+        n_out,
         row_bytes: m.row_bytes,
         expert_bytes: m.expert_bytes,
         vec_dot: m.vec_dot.ok_or(format!("{what} has no vec_dot"))?,
@@ -983,14 +1048,21 @@ fn to_matrix(m: &moe_hot_matrix, what: &str) -> Result<Option<Matrix>, String> {
 
 fn to_layer(l: &moe_hot_layer) -> Result<Layer, String> {
     use moe_hot_activation::{MOE_HOT_GATED, MOE_HOT_RELU_SQR, MOE_HOT_UNARY};
+    const GATED: i32 = MOE_HOT_GATED as i32;
+    const UNARY: i32 = MOE_HOT_UNARY as i32;
+    const RELU_SQR: i32 = MOE_HOT_RELU_SQR as i32;
+    if u16::try_from(l.il).is_err() {
+        return Err(format!("its index is not from 0 to {}", u16::MAX));
+    }
     let gate = to_matrix(&l.gate, "gate")?;
     let up = to_matrix(&l.up, "up")?.ok_or("up is missing")?;
     let down = to_matrix(&l.down, "down")?.ok_or("down is missing")?;
     let n_ff = if l.merged { up.n_out / 2 } else { up.n_out };
     let activation = match l.activation {
-        MOE_HOT_GATED => Activation::Gated(l.gated.ok_or("there is no gated function")?),
-        MOE_HOT_UNARY => Activation::Unary(l.unary.ok_or("there is no unary function")?),
-        MOE_HOT_RELU_SQR => Activation::ReluSqr,
+        GATED => Activation::Gated(l.gated.ok_or("there is no gated function")?),
+        UNARY => Activation::Unary(l.unary.ok_or("there is no unary function")?),
+        RELU_SQR => Activation::ReluSqr,
+        other => return Err(format!("there is no activation {other}")),
     };
     if matches!(activation, Activation::Gated(_)) != (gate.is_some() || l.merged) {
         return Err("gate and activation do not fit together".into());
@@ -1009,5 +1081,12 @@ fn to_layer(l: &moe_hot_layer) -> Result<Layer, String> {
         return Err(format!("{n_used} of {n_expert} experts a token are not possible"));
     }
     let (n_expert, n_used) = (n_expert as usize, n_used as usize);
+    let matrices = || gate.iter().chain([&up, &down]);
+    if matrices().any(|m| m.expert_bytes > isize::MAX as usize / n_expert) {
+        return Err(format!("{n_expert} experts are larger than an address space"));
+    }
+    if let Some(g) = gate.as_ref().filter(|g| g.row_bytes != up.row_bytes) {
+        return Err(format!("gate has {} bytes a row and up {}", g.row_bytes, up.row_bytes));
+    }
     Ok(Layer { il: l.il, n_expert, n_used, gate, up, down, merged: l.merged, activation })
 }

@@ -18,6 +18,7 @@ pub mod device;
 pub mod fault;
 pub mod ffi;
 pub mod ggml;
+pub mod handles;
 #[cfg(feature = "cli")]
 pub mod heatmap;
 pub mod judge;

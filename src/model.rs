@@ -68,8 +68,8 @@ const SETTLE: u32 = 4;
 /// How long who asks for another size waits for it. Steps that run go on, and the size changes behind them.
 const RESIZED: Duration = Duration::from_secs(2);
 
-/// Types and shapes that experts must share to share slots. Gate and up may be merged, hence a list.
-type ClassKey = Vec<(i32, usize, usize)>;
+/// Types, shapes and bytes that experts must share to share slots. Gate and up may be merged, hence a list.
+type ClassKey = Vec<(i32, usize, usize, usize)>;
 
 /// Slot of every expert of one layer, -1 for cold. Read by DISPATCH at any time.
 pub struct LayerMap(Box<[AtomicI32]>);
@@ -408,7 +408,12 @@ impl Model {
                 n_layers: members.len() as u16,
                 n_expert: n_expert as u16,
                 n_used: n_used as u16,
-                n_slots: per_layer * members.len() as u32,
+                // no more than there are experts, where layers have different numbers of them
+                n_slots: members
+                    .iter()
+                    .map(|l| layers[*l].n_expert as u32)
+                    .sum::<u32>()
+                    .min(per_layer * members.len() as u32),
                 expert_bytes: first.expert_bytes() as u64,
             };
             shapes.push((shape, members));
@@ -536,7 +541,9 @@ impl Model {
 
         if let Some(trace) = &mut trace {
             for (i, (class, control)) in classes.iter().zip(&controls).enumerate() {
-                let told: u32 = class.layers.iter().map(|l| trace_k.min(layers[*l].n_expert as u32)).sum();
+                // what a reader makes of K
+                let widest = class.layers.iter().map(|l| layers[*l].n_expert as u32).max().unwrap_or(0);
+                let told = trace_k.min(widest) * class.layers.len() as u32;
                 if control.table.open() != told as usize {
                     trace.open(i as u16, control.table.open() as u32);
                 }
@@ -1329,7 +1336,7 @@ fn hottest(mut keys: Vec<Key>, n: usize, uses: impl Fn(&Key) -> f32) -> Vec<Key>
 }
 
 fn class_key(l: &Layer) -> ClassKey {
-    l.matrices().map(|m| (m.ty, m.n_in, m.n_out)).collect()
+    l.matrices().map(|m| (m.ty, m.n_in, m.n_out, m.expert_bytes)).collect()
 }
 
 /// How the workers compute: ` (q4_0 avx512, ggml; 71 GB/s)`.

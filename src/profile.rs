@@ -209,8 +209,15 @@ impl Profile {
     /// # Errors
     /// Any [`ProfileError`] but the two about another model; each names the file.
     pub fn load(path: &Path) -> Result<Self, ProfileError> {
+        Self::read(File::open(path).map_err(io_error(path))?, path)
+    }
+
+    /// As [`Profile::load`], of what is at `path` or could be.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read(file: impl Read, path: &Path) -> Result<Self, ProfileError> {
         let mut bytes = Vec::new();
-        let file = File::open(path).map_err(io_error(path))?;
         file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io_error(path))?;
         let name = || path.display().to_string();
         if bytes.len() as u64 > MAX_BYTES {

@@ -69,9 +69,9 @@ pub fn visit<T>(f: impl FnOnce(&[Arc<Model>]) -> T) -> T {
     f(&active)
 }
 
-/// A context of the model at `key` is gone.
-pub fn detach(key: usize) {
-    if let Some(entry) = MODELS.lock().get_mut(&key) {
+/// A context of `model` at `key` is gone. By now there may be another model at that address.
+pub fn detach(key: usize, model: &Arc<Model>) {
+    if let Some(entry) = MODELS.lock().get_mut(&key).filter(|e| Arc::ptr_eq(&e.model, model)) {
         entry.contexts -= 1;
     }
 }

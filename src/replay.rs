@@ -8,7 +8,10 @@
 //! plans the next ones, with the slots as they are then and all that was used so far. It plans at once
 //! before the first decoded ubatch after a prompt, too.
 
-use std::{collections::BinaryHeap, ops::AddAssign};
+use std::{
+    collections::{BTreeMap, BinaryHeap},
+    ops::AddAssign,
+};
 
 use crate::{
     policy::{self, Key, Limits, Policy, PolicySpec, PoolShape, Routed, Swap},
@@ -77,12 +80,11 @@ impl Routing {
         counts
     }
 
-    /// The layers of each class, as indices into the header's.
-    fn classes(&self) -> Vec<Vec<usize>> {
-        let n = self.header.layers.iter().map(|l| usize::from(l.class) + 1).max().unwrap_or(0);
-        let mut classes = vec![Vec::new(); n];
+    /// The layers of each class that has any, as indices into the header's.
+    fn classes(&self) -> BTreeMap<u16, Vec<usize>> {
+        let mut classes: BTreeMap<u16, Vec<usize>> = BTreeMap::new();
         for (i, l) in self.header.layers.iter().enumerate() {
-            classes[usize::from(l.class)].push(i);
+            classes.entry(l.class).or_default().push(i);
         }
         classes
     }
@@ -225,6 +227,7 @@ impl Residence {
 
 /// The slots of one class during a replay.
 struct Pool {
+    class: u16,
     residence: Residence,
     policy: Box<dyn Policy>,
     slots: Vec<Option<Key>>,
@@ -235,6 +238,8 @@ struct Pool {
     uses_since_plan: u64,
     /// Routing of the pool's layers, when they do not lie side by side in the trace.
     gathered: Vec<Vec<u16>>,
+    /// Sequence of each token of the current ubatch.
+    sequences: Vec<u32>,
 }
 
 impl Pool {
@@ -283,7 +288,8 @@ impl Pool {
             }
             &self.gathered
         };
-        let routed = Routed { n_tokens: step.n_tokens, sequences: &step.sequences, ids };
+        step.sequences(&mut self.sequences);
+        let routed = Routed { n_tokens: step.n_tokens, sequences: &self.sequences, ids };
         if step.prefill { self.policy.observe_prompt(routed) } else { self.policy.observe(routed) }
     }
 }
@@ -310,7 +316,7 @@ pub fn replay_with(
     mut plan: impl FnMut(usize, u16, &Swap),
 ) -> Outcome {
     let mut pools: Vec<Pool> = Vec::new();
-    for layers in routing.classes() {
+    for (class, layers) in routing.classes() {
         let shape = routing.shape(&layers, k);
         // as the run does: with room for all, all are there from the start
         let keys = policy::all_keys(layers.iter().map(|l| routing.header.layers[*l].n_expert.into()));
@@ -323,6 +329,7 @@ pub fn replay_with(
             }
         }
         pools.push(Pool {
+            class,
             residence,
             policy: make(shape),
             slots,
@@ -330,6 +337,7 @@ pub fn replay_with(
             copying: Vec::new(),
             uses_since_plan: 0,
             gathered: Vec::new(),
+            sequences: Vec::new(),
         });
     }
     let mut out = Outcome::of(routing);
@@ -344,9 +352,10 @@ pub fn replay_with(
             }
         }
         let planning = since_plan >= interval || (prompt_since_plan && !step.prefill);
-        for (class, p) in pools.iter_mut().enumerate() {
+        for p in &mut pools {
+            let class = p.class;
             p.publish(&mut out);
-            p.take_effect(|s| plan(at, class as u16, s));
+            p.take_effect(|s| plan(at, class, s));
             if planning {
                 let uses = std::mem::take(&mut p.uses_since_plan);
                 let limits = Limits::after(uses, routing.header.uses_per_upload);
@@ -373,7 +382,7 @@ pub fn replay_with(
 pub fn hindsight(routing: &Routing, k: u32) -> Outcome {
     let mut out = Outcome::of(routing);
     let counts = routing.counts();
-    for layers in routing.classes() {
+    for layers in routing.classes().into_values() {
         let shape = routing.shape(&layers, k);
         let mut keys = policy::all_keys(layers.iter().map(|l| counts[*l].len()));
         keys.sort_by_key(|key| {
@@ -401,7 +410,7 @@ pub enum Scope {
 /// times in one ubatch of a layer is read once. Its bytes are those of the cold experts alone.
 pub fn optimum(routing: &Routing, k: u32, scope: Scope) -> Outcome {
     let mut out = Outcome::of(routing);
-    for class in routing.classes() {
+    for class in routing.classes().into_values() {
         match scope {
             Scope::Pool => optimum_of(routing, &class, k, &mut out),
             Scope::Layer => {

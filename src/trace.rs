@@ -46,6 +46,8 @@ pub const BLOCK_BYTES: usize = 64 << 10;
 const MAX_BYTES: u32 = 256 << 20;
 /// Most tokens of a ubatch that a reader accepts: a bound on memory for damaged files.
 const MAX_TOKENS: u32 = 1 << 20;
+/// Most bytes of an expert that a reader accepts, so that sums over a trace fit.
+const MAX_EXPERT_BYTES: u64 = 1 << 40;
 /// Bytes of the head before its layers, and of each layer.
 const HEAD_BYTES: usize = 20;
 const LAYER_BYTES: usize = 16;
@@ -147,17 +149,27 @@ pub struct Step {
     pub n_tokens: u32,
     /// Of a prompt, computed on the stock graph; else decoded through the slots.
     pub prefill: bool,
-    /// Sequence of each token; empty when all are of one.
-    pub sequences: Vec<u32>,
+    /// Runs of tokens side by side that are of one sequence, `(tokens, sequence)`; empty when all are of one.
+    pub runs: Vec<(u32, u32)>,
     /// `ids[layer]`: experts routed, tokens one after the other. In a prompt a layer may have fewer tokens
     /// than the ubatch, or none.
     pub ids: Vec<Vec<u16>>,
 }
 
+impl Step {
+    /// Puts the sequence of each token into `out`.
+    pub fn sequences(&self, out: &mut Vec<u32>) {
+        out.clear();
+        for &(n, sequence) in &self.runs {
+            out.resize(out.len() + n as usize, sequence);
+        }
+    }
+}
+
 /// One entry of a trace.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum TraceRecord {
-    /// Routing of one ubatch; a reader gives a sequence for each token.
+    /// Routing of one ubatch; a reader gives at least one run for its tokens, if it has any.
     Routed(Step),
     /// A swap that the policy planned after the record before.
     Swap {
@@ -308,7 +320,15 @@ impl TraceReader {
     /// # Errors
     /// Any [`TraceError`].
     pub fn open(path: &Path) -> Result<Self, TraceError> {
-        let mut file = BufReader::new(File::open(path).map_err(io_error(path))?);
+        let file = File::open(path).map_err(io_error(path))?;
+        TraceReader::unpack(BufReader::new(file), path)
+    }
+
+    /// As [`TraceReader::open`], of what is at `path` or could be.
+    ///
+    /// # Errors
+    /// Any [`TraceError`].
+    pub fn unpack(mut file: impl BufRead + 'static, path: &Path) -> Result<Self, TraceError> {
         let gzipped = file.fill_buf().map_err(io_error(path))?.starts_with(&GZIP);
         let input: Box<dyn Read> = if gzipped { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
         TraceReader::new(input, &path.display().to_string())
@@ -367,6 +387,15 @@ impl<R: Read> TraceReader<R> {
                 expert_bytes: u64_at(i + 8),
             })
             .collect();
+        if r.header.layers.len() > usize::from(u16::MAX) {
+            return Err(damaged("it has more layers than a model can have"));
+        }
+        if r.header.layers.iter().any(|l| l.expert_bytes > MAX_EXPERT_BYTES) {
+            return Err(damaged("an expert claims an impossible size"));
+        }
+        if r.header.layers.iter().any(|l| l.n_used == 0 || l.n_used > l.n_expert) {
+            return Err(damaged("a layer's tokens cannot use as many experts"));
+        }
         Ok(r)
     }
 
@@ -475,13 +504,14 @@ impl<R: Read> TraceReader<R> {
     }
 
     fn step(&mut self, prefill: bool) -> Result<Step, TraceError> {
-        let mut sequences = Vec::new();
+        let (mut runs, mut n_tokens) = (Vec::new(), 0);
         for _ in 0..self.take_u32()? {
             let (n, sequence) = (self.take_u32()?, self.take_u32()?);
-            if n > MAX_TOKENS - sequences.len() as u32 {
+            if n > MAX_TOKENS - n_tokens {
                 return Err(self.damaged("a ubatch claims an impossible number of tokens"));
             }
-            sequences.resize(sequences.len() + n as usize, sequence);
+            n_tokens += n;
+            runs.push((n, sequence));
         }
         let mut ids = Vec::with_capacity(self.header.layers.len());
         for l in 0..self.header.layers.len() {
@@ -500,7 +530,7 @@ impl<R: Read> TraceReader<R> {
             }
             ids.push(row);
         }
-        Ok(Step { n_tokens: sequences.len() as u32, prefill, sequences, ids })
+        Ok(Step { n_tokens, prefill, runs, ids })
     }
 }
 
@@ -547,7 +577,7 @@ mod tests {
 
     fn routed(i: u16) -> TraceRecord {
         let ids = vec![vec![i % 64, 1], vec![i % 512, 511]];
-        TraceRecord::Routed(Step { n_tokens: 1, prefill: false, sequences: vec![u32::from(i % 3)], ids })
+        TraceRecord::Routed(Step { n_tokens: 1, prefill: false, runs: vec![(1, u32::from(i % 3))], ids })
     }
 
     fn swap() -> TraceRecord {
@@ -558,17 +588,20 @@ mod tests {
     /// A prompt of 2048 tokens, of whose last layer only the token with an output was routed.
     fn prompt() -> TraceRecord {
         let ids = vec![(0..2 * 2048).map(|i| i % 64).collect(), vec![300, 511]];
-        TraceRecord::Routed(Step { n_tokens: 2048, prefill: true, sequences: vec![5; 2048], ids })
+        TraceRecord::Routed(Step { n_tokens: 2048, prefill: true, runs: vec![(2048, 5)], ids })
     }
 
     fn written(records: &[TraceRecord]) -> Vec<u8> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t");
         let mut w = TraceWriter::create(&path, &header()).unwrap();
+        let mut sequences = Vec::new();
         for r in records {
             match r {
-                TraceRecord::Routed(Step { n_tokens, prefill, sequences, ids }) => {
-                    w.routed(*prefill, Routed { n_tokens: *n_tokens, sequences, ids }).unwrap();
+                TraceRecord::Routed(step) => {
+                    step.sequences(&mut sequences);
+                    let Step { n_tokens, prefill, ids, .. } = step;
+                    w.routed(*prefill, Routed { n_tokens: *n_tokens, sequences: &sequences, ids }).unwrap();
                 }
                 TraceRecord::Swap { class, swap } => w.swap(*class, swap),
                 TraceRecord::Open { class, n_slots } => w.open(*class, *n_slots),
@@ -615,10 +648,39 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_that_cannot_be_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t");
+        for (n_expert, n_used) in [(0, 0), (4, 0), (4, 5)] {
+            let mut header = header();
+            (header.layers[1].n_expert, header.layers[1].n_used) = (n_expert, n_used);
+            TraceWriter::create(&path, &header).unwrap();
+            let why = "t.trace: the head at offset 0 is damaged: a layer's tokens cannot use as many experts";
+            assert_eq!(read(&fs::read(&path).unwrap()).1.as_deref(), Some(why));
+        }
+        let mut header = header();
+        header.layers[0].expert_bytes = MAX_EXPERT_BYTES + 1;
+        TraceWriter::create(&path, &header).unwrap();
+        let why = "t.trace: the head at offset 0 is damaged: an expert claims an impossible size";
+        assert_eq!(read(&fs::read(&path).unwrap()).1.as_deref(), Some(why));
+    }
+
+    #[test]
+    fn tokens_that_are_claimed_cost_no_memory() {
+        let mut body = vec![PROMPT];
+        put(&mut body, &[1, MAX_TOKENS, 7, 0, 0]);
+        let (got, error) = read(&with_body(&written(&[routed(0)]), &body.repeat(1000)));
+        assert_eq!((got.len(), error), (1000, None));
+        let TraceRecord::Routed(step) = &got[999] else { panic!("{:?}", got[999]) };
+        assert_eq!((step.n_tokens, step.runs.as_slice()), (MAX_TOKENS, &[(MAX_TOKENS, 7)][..]));
+    }
+
+    #[test]
     fn a_sequence_costs_bytes_only_where_it_changes() {
         let step = |sequences: &[u32]| {
             let ids = vec![vec![1; 8], vec![]];
-            TraceRecord::Routed(Step { n_tokens: 4, prefill: false, sequences: sequences.to_vec(), ids })
+            let runs = sequences.chunk_by(|a, b| a == b).map(|run| (run.len() as u32, run[0])).collect();
+            TraceRecord::Routed(Step { n_tokens: 4, prefill: false, runs, ids })
         };
         let bytes = |sequences: &[u32]| written(&[step(sequences)]).len();
         assert_eq!(bytes(&[7; 4]), bytes(&[]));
@@ -730,11 +792,14 @@ mod tests {
 
     fn any_record() -> impl Strategy<Value = TraceRecord> {
         let ids = |n_expert: u16| prop::collection::vec(0..n_expert, 0..40);
-        let sequences = prop::collection::vec((0..5u32, 1..9usize), 1..5);
-        let step = (any::<bool>(), sequences, ids(64), ids(512)).prop_map(|(prefill, runs, narrow, wide)| {
-            let sequences: Vec<u32> = runs.into_iter().flat_map(|(s, n)| vec![s * 0x0100_0001; n]).collect();
-            let n_tokens = sequences.len() as u32;
-            TraceRecord::Routed(Step { n_tokens, prefill, sequences, ids: vec![narrow, wide] })
+        // side by side they differ, or they were one
+        let runs = prop::collection::vec((1..9u32, 0..5u32), 1..5).prop_map(|mut runs| {
+            runs.dedup_by_key(|run| run.1);
+            runs.into_iter().map(|(n, s)| (n, s * 0x0100_0001)).collect::<Vec<_>>()
+        });
+        let step = (any::<bool>(), runs, ids(64), ids(512)).prop_map(|(prefill, runs, narrow, wide)| {
+            let n_tokens = runs.iter().map(|(n, _)| n).sum();
+            TraceRecord::Routed(Step { n_tokens, prefill, runs, ids: vec![narrow, wide] })
         });
         let swap = (any::<u16>(), any::<u32>(), prop::option::of(key()), key()).prop_map(
             |(class, slot, evict, admit)| TraceRecord::Swap { class, swap: Swap { slot, evict, admit } },
