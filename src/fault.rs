@@ -12,7 +12,7 @@
 //! | `stall=N`, `stall_ms=N` | a worker sleeps in the N-th one that workers begin; for how long |
 //! | `slow=N` | DISPATCH takes N ms more when an expert is cold, in host memory |
 //! | `bound=N` | JOIN waits for N ms at most |
-//! | `vram=N` | the device of the slots claims to have N MiB free |
+//! | `vram=N` | the device of the slots claims to have N MiB for them and all that comes later |
 //! | `driver=N` | the driver claims to be of CUDA version N, as `cuDriverGetVersion` counts |
 
 use std::{

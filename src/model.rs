@@ -842,8 +842,8 @@ impl Model {
     /// Says why there are no such slots.
     pub fn resize(&self, bytes: u64) -> Result<u64, String> {
         let a = self.pool();
-        let free = a.device.free()?;
         let now = a.slot_bytes();
+        let free = a.device.free(now)?;
         let room = (now + free).saturating_sub(budget::MARGIN);
         if bytes > now && room < bytes.min(a.capacity_bytes()) {
             return Err(format!(
@@ -932,8 +932,8 @@ impl Active {
         };
         sizer.next = Some(now + LOOK_EVERY);
         // without a number there is nothing to decide
-        let Ok(free) = self.device.free() else { return };
         let slots = self.slot_bytes();
+        let Ok(free) = self.device.free(slots) else { return };
         let at = now - sizer.since;
         let Some(bytes) = sizer.budget.observe(at, Seen { free, slots }) else { return };
         // what was asked for has not come yet, or cannot
@@ -1422,7 +1422,7 @@ fn allocate(
     // in host memory a number is taken at its word
     let room = match device {
         Device::Host if config.k.is_some() => None,
-        _ => Some(device.free()?.saturating_sub(budget::MARGIN)),
+        _ => Some(device.free(0)?.saturating_sub(budget::MARGIN)),
     };
     let mut share = room.unwrap_or(u64::MAX).min(most).min(needed) as f64 / needed as f64;
     // K and MiB are promises, "as many as there is room for" is not

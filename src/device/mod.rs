@@ -17,16 +17,18 @@ pub enum Device {
 }
 
 impl Device {
-    /// Bytes that are free there.
+    /// Bytes that are free there beside `slots` bytes of slots.
     ///
     /// # Errors
     /// Says why that is not known.
-    pub fn free(&self) -> Result<u64, String> {
+    pub fn free(&self, slots: u64) -> Result<u64, String> {
+        if let Some(mib) = fault::armed("vram") {
+            return Ok((mib << 20).saturating_sub(slots));
+        }
         match self {
-            Device::Host => fault::armed("vram")
-                .map(|mib| mib << 20)
-                .or_else(host::available)
-                .ok_or_else(|| "the system does not tell how much memory is available".to_string()),
+            Device::Host => {
+                host::available().ok_or_else(|| "the system does not tell what memory is available".into())
+            }
             Device::Cuda(d) => d.memory().map(|(free, _)| free as u64).map_err(|e| e.to_string()),
         }
     }

@@ -316,7 +316,7 @@ impl Active {
             slot_bytes: self.slot_bytes(),
             slot_bytes_max: self.capacity_bytes(),
             registered_bytes: self.registered,
-            free_bytes: self.device.free().ok(),
+            free_bytes: self.device.free(self.slot_bytes()).ok(),
             stats,
             classes,
             skipped: self

@@ -188,7 +188,7 @@ impl Device {
         self.bind()?;
         let (mut free, mut total) = (0, 0);
         cu!(cuMemGetInfo_v2(&mut free, &mut total))?;
-        Ok((fault::armed("vram").map_or(free, |mib| (mib as usize) << 20), total))
+        Ok((free, total))
     }
 }
 
