@@ -33,7 +33,10 @@ use std::{
 use flate2::read::MultiGzDecoder;
 use parking_lot::Mutex;
 
-use crate::policy::{Key, Routed, Swap};
+use crate::{
+    fault,
+    policy::{Key, Routed, Swap},
+};
 
 const MAGIC: [u8; 8] = *b"MOEHOTRT";
 const VERSION: u32 = 2;
@@ -292,7 +295,7 @@ impl TraceWriter {
         let mut block = (self.body.len() as u32).to_le_bytes().to_vec();
         block.extend(crc32fast::hash(&self.body).to_le_bytes());
         block.append(&mut self.body);
-        self.file.write_all(&block).map_err(io_error(&self.path))
+        fault::io("file").and_then(|()| self.file.write_all(&block)).map_err(io_error(&self.path))
     }
 }
 

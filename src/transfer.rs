@@ -129,6 +129,7 @@ impl Transfer {
         let (tx, rx) = mpsc::channel();
         let reports = Arc::new(Mutex::new(Vec::new()));
         let out = reports.clone();
+        fault::io("thread")?;
         let thread =
             std::thread::Builder::new().name("moe-hot-copy".into()).spawn(move || run(&rx, &out, copier))?;
         Ok(Transfer { jobs: Some(tx), reports, thread: Some(thread) })
@@ -180,6 +181,7 @@ fn run(jobs: &Receiver<Job>, reports: &Mutex<Vec<Report>>, mut copier: impl Copi
 }
 
 fn copy(mut order: Order, copier: &mut impl Copier) -> Result<(), String> {
+    fault::delay();
     if fault::strikes("copy") {
         return Err("a fault was injected".into());
     }
