@@ -22,6 +22,8 @@ pub mod heatmap;
 pub mod lanes;
 pub mod log;
 pub mod mailbox;
+#[cfg(feature = "cli")]
+pub mod measure;
 pub mod model;
 pub mod planner;
 #[cfg(feature = "cli")]
