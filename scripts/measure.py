@@ -435,7 +435,7 @@ class Bound:
 
     def measure(self, run):
         """What moe-hot probe finds: both readers of host memory at once, since each alone would count it twice."""
-        out, _, self.number = run.need([run.bin("moe-hot"), "probe", "--json"], 40, name="what the machine reads")
+        out, _, self.number = run.need([run.bin("moe-hot"), "probe", "--json"], 90, name="what the machine reads")
         self.probe = json.loads(out)
         gpu = self.probe["gpu"]
         alone = max(r["gb_s"] for r in self.probe["cpu_read"])

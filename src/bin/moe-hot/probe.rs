@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use crate::{constants, table};
 
-/// Bytes that are read: more than caches hold. Of what is free at most a part.
+/// Bytes that are read: more than caches hold, by the CPU, of what is free at most a part.
+const CPU_BYTES: usize = 256 << 20;
 const MOST_BYTES: usize = 4 << 30;
 const LEAST_BYTES: usize = 256 << 20;
 const PART_OF_FREE: usize = 4;
@@ -103,8 +104,9 @@ fn free() -> Option<usize> {
     line.trim().trim_end_matches("kB").trim().parse::<usize>().ok().map(|kib| kib << 10)
 }
 
-fn buffer_bytes(free: Option<usize>) -> usize {
-    free.map_or(LEAST_BYTES, |free| (free / PART_OF_FREE).clamp(LEAST_BYTES, MOST_BYTES))
+fn buffer_bytes(cpus: usize, free: Option<usize>) -> usize {
+    let wanted = (cpus * CPU_BYTES).clamp(LEAST_BYTES, MOST_BYTES);
+    free.map_or(LEAST_BYTES, |free| wanted.min(free / PART_OF_FREE).max(LEAST_BYTES))
 }
 
 /// `bytes` bytes, written to by all threads so that they are there, on every node that has one.
@@ -121,7 +123,7 @@ fn buffer(bytes: usize, cpus: usize) -> Vec<u8> {
 
 fn machine() -> Machine {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let data = buffer(buffer_bytes(free()), cpus);
+    let data = buffer(buffer_bytes(cpus, free()), cpus);
     let counts = counts(cpus);
     let mut rates = vec![0.0f64; counts.len()];
     for _ in 0..ROUNDS {
@@ -193,9 +195,10 @@ mod tests {
 
     #[test]
     fn the_buffer_takes_a_part_of_what_is_free() {
-        assert_eq!(buffer_bytes(None), LEAST_BYTES);
-        assert_eq!(buffer_bytes(Some(1 << 30)), LEAST_BYTES);
-        assert_eq!(buffer_bytes(Some(8 << 30)), 2 << 30);
-        assert_eq!(buffer_bytes(Some(512 << 30)), MOST_BYTES);
+        assert_eq!(buffer_bytes(16, None), LEAST_BYTES);
+        assert_eq!(buffer_bytes(16, Some(1 << 30)), LEAST_BYTES);
+        assert_eq!(buffer_bytes(16, Some(8 << 30)), 2 << 30);
+        assert_eq!(buffer_bytes(2, Some(512 << 30)), 512 << 20);
+        assert_eq!(buffer_bytes(96, Some(512 << 30)), MOST_BYTES);
     }
 }

@@ -1,0 +1,109 @@
+//! scripts/widen: the wide model computes the function of the small one, whatever the type of its weights.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use llama_tests::{
+    ContextOptions, Exclusive, Input, Llama, LoadOptions, Logits,
+    compare::Failures,
+    paths::{root, shipped_model, tool},
+};
+
+const TEXT: &str = include_str!("../../../models/texts/fiction.txt");
+/// Tokens of the text, and of the greedy continuation.
+const PROMPT: usize = 48;
+const GENERATED: usize = 32;
+
+/// Factors of width, width of experts and layers, and the most that the logits of a position may differ in the
+/// median over positions, relative to their size. Without more layers only rounding differs; the copies of a layer
+/// write 2^-8 of what it writes.
+const SHAPES: [(&str, &str, &str, f64); 2] = [("2", "2", "1", 0.002), ("4", "2", "2", 0.03)];
+
+struct Run {
+    logits: Vec<Logits>,
+    tokens: Vec<i32>,
+}
+
+fn program(command: &mut Command) -> Result<(), String> {
+    let out = command.output().map_err(|e| format!("{command:?}: {e}"))?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    if out.status.success() { Ok(()) } else { Err(format!("{command:?}: {}: {said}", out.status)) }
+}
+
+/// The text, then what the model writes after it.
+fn run(llama: &Exclusive, path: &Path) -> Result<Run, String> {
+    let model = llama.load(path, LoadOptions::default())?;
+    let text = model.tokens(&TEXT[..PROMPT * 8]);
+    let mut ctx = model.context(ContextOptions::default())?;
+    let mut r = Run { logits: Vec::new(), tokens: Vec::new() };
+    for pos in 0..PROMPT + GENERATED {
+        let token = match pos.checked_sub(PROMPT) {
+            None => text[pos],
+            Some(_) => {
+                let token = r.logits[pos - 1].argmax(0);
+                r.tokens.push(token);
+                token
+            }
+        };
+        r.logits.push(ctx.decode(&[Input { token, pos: pos as i32, seq: 0, output: true }])?);
+    }
+    Ok(r)
+}
+
+/// Relative errors of the logits over the text, sorted.
+fn errors(small: &Run, wide: &Run) -> Vec<f64> {
+    let error = |(s, w): (&Logits, &Logits)| {
+        let (s, w) = (s.row(0), w.row(0));
+        let squares = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
+            s.iter().zip(w).map(|(s, w)| f((*s).into(), (*w).into()).powi(2)).sum()
+        };
+        (squares(&|s, w| s - w) / squares(&|s, _| s)).sqrt()
+    };
+    let mut errors: Vec<f64> = small.logits.iter().zip(&wide.logits).take(PROMPT).map(error).collect();
+    errors.sort_by(f64::total_cmp);
+    errors
+}
+
+fn check(llama: &Exclusive, dir: &Path, weights: &str) -> Result<(), String> {
+    let small: PathBuf = dir.join(format!("{weights}.gguf"));
+    let quantise =
+        ["--allow-requantize".as_ref(), shipped_model().as_os_str(), small.as_os_str(), weights.as_ref()];
+    program(Command::new(tool("llama-quantize")).args(quantise))?;
+    let expected = run(llama, &small)?;
+    for (r, s, t, most) in SHAPES {
+        let wide = dir.join("wide.gguf");
+        program(
+            Command::new(root().join("scripts/widen"))
+                .args([&small, &wide])
+                .args(["-r", r, "-s", s, "-t", t]),
+        )?;
+        let got = run(llama, &wide)?;
+        let what = format!("{weights}, -r {r} -s {s} -t {t}");
+        let errors = errors(&expected, &got);
+        let median = errors[errors.len() / 2];
+        // a NaN is no error that passes
+        if !(median <= most) {
+            return Err(format!(
+                "{what}: the logits differ by {median:.5} in the median, at most {most} is expected"
+            ));
+        }
+        if expected.tokens != got.tokens {
+            return Err(format!("{what}: other tokens: {:?} and {:?}", expected.tokens, got.tokens));
+        }
+        eprintln!("{what}: median error {median:.6}, largest {:.6}", errors[errors.len() - 1]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_wide_model_computes_the_function_of_the_small_one() {
+    let llama = Llama::get().exclusive();
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let mut failures = Failures::default();
+    for weights in ["F16", "Q8_0", "Q4_0"] {
+        failures.check(check(&llama, dir.path(), weights));
+    }
+    failures.done();
+}
