@@ -1,9 +1,6 @@
 //! scripts/widen: the wide model computes the function of the small one, whatever the type of its weights.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{cmp::Ordering, path::Path, process::Command};
 
 use llama_tests::{
     ContextOptions, Exclusive, Input, Llama, LoadOptions, Logits,
@@ -14,12 +11,18 @@ use llama_tests::{
 const TEXT: &str = include_str!("../../../models/texts/fiction.txt");
 /// Tokens of the text, and of the greedy continuation.
 const PROMPT: usize = 48;
-const GENERATED: usize = 32;
+const GENERATED: usize = 16;
+/// Positions of the text where the wide model may have another most likely token: two are as likely there.
+const TIES: usize = 3;
 
-/// Factors of width, width of experts and layers, and the most that the logits of a position may differ in the
-/// median over positions, relative to their size. Without more layers only rounding differs; the copies of a layer
-/// write 2^-8 of what it writes.
-const SHAPES: [(&str, &str, &str, f64); 2] = [("2", "2", "1", 0.002), ("4", "2", "2", 0.03)];
+/// Factors of width, width of experts and layers.
+const SHAPES: [[&str; 3]; 2] = [["2", "2", "1"], ["4", "2", "2"]];
+/// Weight types, and by shape the most that the logits of a position may differ in the median over positions, relative
+/// to their size; a third to a half of it is usual. Without more layers only sums round otherwise, and with quantised
+/// weights that turns activations into their neighbours; the copies of a layer write 2^-8 of what it writes. Wrong
+/// weights give around 1.
+const WEIGHTS: [(&str, [f64; 2]); 3] =
+    [("F16", [0.002, 0.01]), ("Q8_0", [0.03, 0.04]), ("Q4_0", [0.03, 0.04])];
 
 struct Run {
     logits: Vec<Logits>,
@@ -66,13 +69,12 @@ fn errors(small: &Run, wide: &Run) -> Vec<f64> {
     errors
 }
 
-fn check(llama: &Exclusive, dir: &Path, weights: &str) -> Result<(), String> {
-    let small: PathBuf = dir.join(format!("{weights}.gguf"));
-    let quantise =
-        ["--allow-requantize".as_ref(), shipped_model().as_os_str(), small.as_os_str(), weights.as_ref()];
-    program(Command::new(tool("llama-quantize")).args(quantise))?;
+fn check(llama: &Exclusive, dir: &Path, weights: &str, most: [f64; 2]) -> Result<(), String> {
+    let small = dir.join(format!("{weights}.gguf"));
+    let mut quantise = Command::new(tool("llama-quantize"));
+    program(quantise.arg("--allow-requantize").args([&shipped_model(), &small]).arg(weights))?;
     let expected = run(llama, &small)?;
-    for (r, s, t, most) in SHAPES {
+    for ([r, s, t], most) in SHAPES.into_iter().zip(most) {
         let wide = dir.join("wide.gguf");
         program(
             Command::new(root().join("scripts/widen"))
@@ -83,16 +85,23 @@ fn check(llama: &Exclusive, dir: &Path, weights: &str) -> Result<(), String> {
         let what = format!("{weights}, -r {r} -s {s} -t {t}");
         let errors = errors(&expected, &got);
         let median = errors[errors.len() / 2];
+        let others =
+            (0..PROMPT).filter(|i| expected.logits[*i].argmax(0) != got.logits[*i].argmax(0)).count();
+        eprintln!("{what}: median error {median:.6}, {others} other tokens of {PROMPT}");
         // a NaN is no error that passes
-        if !(median <= most) {
+        if !matches!(median.partial_cmp(&most), Some(Ordering::Less)) {
             return Err(format!(
-                "{what}: the logits differ by {median:.5} in the median, at most {most} is expected"
+                "{what}: the logits differ by {median:.5} in the median, expected is at most {most}"
+            ));
+        }
+        if others > TIES {
+            return Err(format!(
+                "{what}: other tokens at {others} of {PROMPT} positions, expected are at most {TIES}"
             ));
         }
         if expected.tokens != got.tokens {
-            return Err(format!("{what}: other tokens: {:?} and {:?}", expected.tokens, got.tokens));
+            return Err(format!("{what}: writes {:?}, expected {:?}", got.tokens, expected.tokens));
         }
-        eprintln!("{what}: median error {median:.6}, largest {:.6}", errors[errors.len() - 1]);
     }
     Ok(())
 }
@@ -102,8 +111,8 @@ fn a_wide_model_computes_the_function_of_the_small_one() {
     let llama = Llama::get().exclusive();
     let dir = tempfile::tempdir().expect("a temporary folder");
     let mut failures = Failures::default();
-    for weights in ["F16", "Q8_0", "Q4_0"] {
-        failures.check(check(&llama, dir.path(), weights));
+    for (weights, most) in WEIGHTS {
+        failures.check(check(&llama, dir.path(), weights, most));
     }
     failures.done();
 }
