@@ -41,16 +41,14 @@ fn run(llama: &Exclusive, path: &Path) -> Result<Run, String> {
     let text = model.tokens(&TEXT[..PROMPT * 8]);
     let mut ctx = model.context(ContextOptions::default())?;
     let mut r = Run { logits: Vec::new(), tokens: Vec::new() };
-    for pos in 0..PROMPT + GENERATED {
-        let token = match pos.checked_sub(PROMPT) {
-            None => text[pos],
-            Some(_) => {
-                let token = r.logits[pos - 1].argmax(0);
-                r.tokens.push(token);
-                token
-            }
-        };
-        r.logits.push(ctx.decode(&[Input { token, pos: pos as i32, seq: 0, output: true }])?);
+    let input = |token, pos: usize| [Input { token, pos: pos as i32, seq: 0, output: true }];
+    for (pos, token) in text.into_iter().take(PROMPT).enumerate() {
+        r.logits.push(ctx.decode(&input(token, pos))?);
+    }
+    for pos in PROMPT..PROMPT + GENERATED {
+        let token = r.logits[pos - 1].argmax(0);
+        r.tokens.push(token);
+        r.logits.push(ctx.decode(&input(token, pos))?);
     }
     Ok(r)
 }
