@@ -5,7 +5,6 @@
 //! which measure nothing. With `--copy-loop` it only takes bandwidth from the link, until it is killed.
 
 use std::{
-    ffi::c_char,
     process::ExitCode,
     ptr,
     sync::{
@@ -121,14 +120,9 @@ fn answer(remote: &Remote, stop: &AtomicBool) {
     }
 }
 
-/// The first device.
+/// The first device, bound to this thread.
 fn open() -> Result<Arc<Device>, CudaError> {
-    cu!(cuInit(0));
-    let mut pci = [0 as c_char; 32];
-    cu!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, 0));
-    // SAFETY: the driver ends it with a zero.
-    let pci = unsafe { std::ffi::CStr::from_ptr(pci.as_ptr()) }.to_str().expect("ASCII").to_string();
-    let device = Device::open(&pci)?;
+    let device = Device::first()?;
     device.bind()?;
     Ok(device)
 }

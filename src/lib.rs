@@ -25,6 +25,8 @@ pub mod judge;
 pub mod lanes;
 pub mod log;
 pub mod mailbox;
+#[cfg(feature = "cli")]
+pub mod measure;
 pub mod model;
 pub mod planner;
 #[cfg(feature = "cli")]
