@@ -65,7 +65,7 @@ const WATCHED: Duration = Duration::from_secs(10);
 const WATCH_HALF_LIFE: f32 = 64.0;
 /// After a change, so many looks are left out.
 const SETTLE: u32 = 4;
-/// How long who asks for another size waits for it. Steps that run go on, and the size changes behind them.
+/// How long who asks for another size waits for it.
 const RESIZED: Duration = Duration::from_secs(2);
 
 /// Types, shapes and bytes that experts must share to share slots. Gate and up may be merged, hence a list.
@@ -835,8 +835,8 @@ impl Model {
         a.look();
     }
 
-    /// Gives the slots so many bytes, or what there is room for, and allows no more from now on. Waits for it as long as
-    /// no step runs; returns the bytes that they should have.
+    /// Gives the slots so many bytes, or what there is room for, and allows no more from now on. Waits for it for a while;
+    /// returns the bytes that they should have.
     ///
     /// # Errors
     /// Says why there are no such slots.
@@ -966,16 +966,15 @@ impl Active {
         each.sum()
     }
 
-    /// Helps a change of size along while no step runs, up to `bound`; steps do so otherwise.
+    /// Waits for a change of size, up to `bound`. Steps that begin bring it on; where none runs, this does.
     fn finish_sizing(&self, bound: Duration) {
         let start = Instant::now();
         while start.elapsed() < bound {
             let mut c = self.control.lock();
-            if !c.running.is_empty() {
-                return;
+            if c.running.is_empty() {
+                c.publish(self);
+                c.size(self);
             }
-            c.publish(self);
-            c.size(self);
             if c.classes.iter().all(|k| matches!(k.sizing, Sizing::Settled) && k.wanted == k.table.open()) {
                 return;
             }
