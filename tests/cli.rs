@@ -319,7 +319,7 @@ fn bad_traces_and_values_are_named() {
     let end = bytes.len() - 5;
     assert_eq!(
         error_of(&moe_hot(&["replay", name])),
-        format!("moe-hot: error: {name}: truncated at offset {end}, in the block that begins at offset 56\n")
+        format!("moe-hot: error: {name}: truncated at offset {end}, in the block that begins at offset 72\n")
     );
     fs::write(&path, "GGUF").unwrap();
     assert_eq!(
