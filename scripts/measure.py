@@ -51,6 +51,7 @@ class Session:
         self.temp = pathlib.Path(tempfile.mkdtemp(prefix=f"moe-hot-{PROGRAM}-"))
         self.made = []
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_")}
+        self.env["LLAMA_ARG_MOE_HOT_AUTO_OFF"] = "off"  # what is named is measured, whether it pays or not
         libraries = [str(programs), *lib_path]
         # the toolkit that scripts/build fetches where there is none
         libraries += sorted(glob.glob(str(ROOT / ".cache/cuda/lib/python3*/site-packages/nvidia/*/lib")))
