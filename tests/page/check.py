@@ -5,10 +5,11 @@ nothing of a model's names runs, keys and refusals, keyboard, names for screen r
 usage: tests/page/check.py [--server LLAMA_SERVER | --url URL [--key KEY]] [--screenshots DIR]
 
 Without arguments the server is tests/page/mock.py. --server starts a llama-server on the shipped model, with a key;
---url takes one that runs and whose slots are in use. Screenshots are of the mock.
+--url takes one that runs and whose slots are in use. Screenshots need pngquant; they wait for some history.
 """
 
 import argparse
+import base64
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ import mock
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WINDOWS = {"light": (1100, False), "dark": (1100, True), "phone": (360, False)}
 MAX_PNG = 150_000
+HISTORY_SECONDS = 75
 
 # The colours of text and of what stands behind it; WCAG 2 asks for 4.5 to 1, and 3 to 1 for the edge of a field.
 CONTRAST = """
@@ -53,7 +55,8 @@ CONTRAST = """
   for (const node of document.querySelectorAll('body *')) {
     const field = node.matches('input, select');
     const text = [...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-    if (!(text || field) || !node.checkVisibility() || node.matches(':disabled') || node.closest('.unseen, datalist')) continue;
+    if (!(text || field) || !node.checkVisibility() || node.matches(':disabled')) continue;
+    if (node.closest('.unseen, datalist')) continue;
     seen += 1;
     const style = getComputedStyle(node);
     const found = ratio(parse(style.color), behind(node));
@@ -67,6 +70,22 @@ CONTRAST = """
 CONTROLS = "'a[href], button, input, select, textarea, [tabindex=\"0\"]'"
 VISIBLE_CONTROLS = f"""[...document.querySelectorAll({CONTROLS})]
   .filter((n) => n.checkVisibility() && !n.matches(':disabled')).map((n) => n.id || n.textContent)"""
+
+# What is drawn of each cell of the map: its colour, and whether it is underlined. And the answer that this shows.
+CELLS = """
+(() => {
+  paintMap();
+  const canvas = document.getElementById('map');
+  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  const at = (x, y) => data.slice(4 * (y * canvas.width + x), 4 * (y * canvas.width + x) + 3).join();
+  const ink = getComputedStyle(document.body).color.match(/\\d+/g).join();
+  const below = (y) => [...Array(map.line - 5).keys()].map((i) => y + 5 + i);
+  return { model: last.models[chosen()], cells: map.layers.map((layer, row) => [...layer.heat.keys()].map((e) => {
+    const [x, y] = place(row, e);
+    return [at(x + 1, y + 2), below(y).some((v) => at(x + 1, v) === ink)];
+  })) };
+})()
+"""
 
 # How many colours a canvas has, up to 64.
 COLOURS = """
@@ -133,10 +152,11 @@ def look(checks, name, chromium, url, window, key=None, screenshot=None):
     checks.that(f"{name}: figures and charts change from poll to poll", True)
     figures = page.text("#figures")
     checks.that(f"{name}: figures are numbers", not re.search("NaN|undefined|Infinity|null", figures), figures)
-    for canvas, least in (("map", 8), ("hit", 4), ("rate", 4), ("ramp", 64)):
+    for canvas, least in (("hit", 4), ("rate", 4), ("ramp", 64)):
         colours = page.js(COLOURS % canvas)
         checks.that(f"{name}: {canvas} is painted", colours >= least, f"{colours} colours")
 
+    heat_map(checks, name, page)
     overflow = page.js("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     beyond = page.js("""[...document.querySelectorAll('body *')].filter((n) => n.checkVisibility()
       && !n.closest('.unseen') && n.getBoundingClientRect().right > innerWidth + 0.5).map((n) => n.id || n.tagName)""")
@@ -148,17 +168,35 @@ def look(checks, name, chromium, url, window, key=None, screenshot=None):
     names(checks, name, page)
     no_problems(checks, name, page, ["network"] if key else [])
     if screenshot:
-        time.sleep(screenshot[1])
-        page.press("ArrowRight", 39)
-        page.js("document.activeElement.blur()")
-        page.screenshot(screenshot[0])
-        size = screenshot[0].stat().st_size
-        checks.that(f"{name}: {screenshot[0].name} is small", size < MAX_PNG, f"{size} bytes")
+        time.sleep(HISTORY_SECONDS)
+        for key, code in [("ArrowLeft", 37)] * 20 + [("ArrowDown", 40)]:
+            page.press(key, code)
+        page.screenshot(screenshot)
+        subprocess.run(["pngquant", "--force", "--ext", ".png", "128", screenshot], check=True)
+        size = screenshot.stat().st_size
+        checks.that(f"{name}: {screenshot.name} is small", size < MAX_PNG, f"{size} bytes")
     page.close()
+
+
+def heat_map(checks, name, page):
+    drawn = page.js(CELLS)
+    colours, wrong = {}, []
+    for layer, cells in zip(drawn["model"]["layers"], drawn["cells"], strict=True):
+        heat, resident = base64.b64decode(layer["heat"]), base64.b64decode(layer["resident"])
+        for e, (colour, underlined) in enumerate(cells):
+            colours.setdefault(heat[e], set()).add(colour)
+            if underlined != bool(resident[e // 8] >> e % 8 & 1):
+                wrong.append((layer["il"], e))
+    checks.that(f"{name}: exactly the experts with a slot are underlined", not wrong, wrong[:8])
+    clear = all(len(same) == 1 for same in colours.values())
+    differ = len(set.union(*colours.values()))
+    checks.that(f"{name}: colours of the map follow the heat", clear and differ >= min(8, len(colours)) > 2,
+                f"{differ} colours for {len(colours)} values")
 
 
 def keyboard(checks, name, page):
     wanted = set(page.js(VISIBLE_CONTROLS))
+    parts = {"map", "scroll"} | ({"set-k", "set-policy", "Apply", "freeze"} if page.js("last.writable") else set())
     reached, unmarked = set(), set()
     page.js("document.activeElement.blur()")
     for _ in range(2 * len(wanted) + 4):
@@ -169,12 +207,12 @@ def keyboard(checks, name, page):
             reached.add(at)
             if not marked:
                 unmarked.add(at)
-    checks.that(f"{name}: Tab reaches every control", len(wanted) > 2 and reached == wanted, wanted - reached)
+    checks.that(f"{name}: Tab reaches every control", reached == wanted and parts <= reached, (wanted | parts) - reached)
     checks.that(f"{name}: the focus is seen", not unmarked, unmarked)
 
     page.js("document.getElementById('map').focus()")
     page.press("Home", 36)
-    place = re.compile(r"Layer (\d+), expert (\d+): heat \d+ %, (has a slot|no slot)")
+    place = re.compile(r"Layer (\d+), expert (\d+): heat \d+%, (has a slot|no slot)")
     at = [place.fullmatch(page.text("#cell"))]
     for key, code in (("ArrowRight", 39), ("ArrowDown", 40), ("ArrowUp", 38), ("ArrowLeft", 37)):
         page.press(key, code)
@@ -198,7 +236,8 @@ def names(checks, name, page):
     """Everything that a screen reader stops at has a name."""
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     nodes = [(n["role"]["value"], n.get("name", {}).get("value", "").strip()) for n in nodes if not n["ignored"]]
-    needed = ("button", "textbox", "combobox", "spinbutton", "checkbox", "image", "img", "application", "region", "table")
+    needed = ("button", "textbox", "combobox", "spinbutton", "checkbox", "image", "img", "application", "region",
+              "table")
     unnamed = [role for role, text in nodes if role in needed and not text]
     checks.that(f"{name}: all controls, images and tables have names", not unnamed, unnamed)
     have = {role for role, _ in nodes}
@@ -224,9 +263,9 @@ def settings(checks, name, chromium, url, key=None):
         refusal(checks, name, page, "k", "many", "many")
         page.type("#set-k", "3")
         page.press("Enter", 13)
-        page.wait("document.getElementById('taken').textContent === 'Changed.'")
-        said = page.text("#facts"), page.text("#refused")
-        checks.that(f"{name}: K is changed, and the old error is gone", "K 3:" in said[0] and not said[1], said)
+        page.wait("document.getElementById('taken').textContent === 'Accepted.'")
+        page.wait("document.getElementById('facts').textContent.includes('K 3:')", 20)
+        checks.that(f"{name}: K is changed, and the old error is gone", page.text("#refused") == "")
         checks.that(f"{name}: the field is no longer marked", not page.js("document.querySelector('.edited')"))
         page.click("#freeze")
         page.wait("document.getElementById('word').textContent === 'Frozen'")
@@ -301,7 +340,7 @@ def several(checks, name, chromium):
     checks.that(f"{name}: it stays chosen", page.text("#status-title") == "second")
     page.type("#set-interval", "9")
     page.press("Enter", 13)
-    page.wait("document.getElementById('taken').textContent === 'Changed.'")
+    page.wait("document.getElementById('taken').textContent === 'Accepted.'")
     intervals = [m.interval for m in server.models]
     checks.that(f"{name}: the chosen one is changed", intervals == [4, 9], intervals)
     server.models = []
@@ -390,7 +429,8 @@ class Server:
         while not self.is_up():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.log.seek(0)
-                sys.exit(f"check.py: error: {program} does not start: {self.log.read()[-1000:].decode(errors='replace')}")
+                log = self.log.read()[-1000:].decode(errors="replace")
+                sys.exit(f"check.py: error: {program} does not start: {log}")
             time.sleep(0.1)
 
     def is_up(self):
@@ -411,15 +451,16 @@ class Traffic:
     def __init__(self, url, key):
         self.ended, self.answers, self.why = False, 0, "no answer yet"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        body = json.dumps({"prompt": "The train left the station", "n_predict": 64, "ignore_eos": True}).encode()
-        self.request = urllib.request.Request(f"{url}/completion", body, headers)
+        prompts = "The train left the station", "fn main() {", "The results of the experiment show that", "She said"
+        bodies = [json.dumps({"prompt": p, "n_predict": 200, "ignore_eos": True}).encode() for p in prompts]
+        self.requests = [urllib.request.Request(f"{url}/completion", body, headers) for body in bodies]
         self.thread = threading.Thread(target=self.ask)
         self.thread.start()
 
     def ask(self):
         while not self.ended:
             try:
-                with urllib.request.urlopen(self.request, timeout=60) as answer:
+                with urllib.request.urlopen(self.requests[self.answers % len(self.requests)], timeout=60) as answer:
                     answer.read()
                 self.answers += 1
             except OSError as e:
@@ -431,23 +472,21 @@ class Traffic:
         self.thread.join()
 
 
-def with_server(checks, chromium, url, key):
+def with_server(checks, chromium, url, key, screenshot):
     traffic = Traffic(url, key)
     try:
         for window in WINDOWS:
-            checks.run(f"server, {window}", look, chromium, url, window, key)
+            checks.run(f"server, {window}", look, chromium, url, window, key, screenshot(window))
         checks.run("server, settings", settings, chromium, url, key)
     finally:
         traffic.close()
     checks.that("server: it answers meanwhile", traffic.answers > 0, traffic.why)
 
 
-def with_mock(checks, chromium, screenshots):
+def with_mock(checks, chromium, screenshot):
     server = mock.Mock([mock.large()])
     for window in WINDOWS:
-        # for a screenshot, with some history
-        picture = screenshots and (screenshots / f"view-{window}.png", 75 if window == "light" else 20)
-        checks.run(window, look, chromium, server.url, window, None, picture)
+        checks.run(window, look, chromium, server.url, window, None, screenshot(window))
     checks.run("settings", settings, chromium, server.url)
     server.close()
     for part in (read_only, key_form, hostile, several, lost, hidden):
@@ -466,19 +505,25 @@ def main():
     path = browser.find()
     if not path:
         sys.exit(f"check.py: error: no browser: expected one of {', '.join(browser.NAMES)} on the PATH")
+    if args.screenshots:
+        args.screenshots.mkdir(parents=True, exist_ok=True)
+
+    def screenshot(window):
+        return args.screenshots and args.screenshots / f"view-{window}.png"
+
     checks = Checks()
     chromium = browser.Browser(path)
     try:
         if args.url:
-            with_server(checks, chromium, args.url.rstrip("/"), args.key)
+            with_server(checks, chromium, args.url.rstrip("/"), args.key, screenshot)
         elif args.server:
             started = Server(args.server)
             try:
-                with_server(checks, chromium, started.url, started.key)
+                with_server(checks, chromium, started.url, started.key, screenshot)
             finally:
                 started.close()
         else:
-            with_mock(checks, chromium, args.screenshots)
+            with_mock(checks, chromium, screenshot)
     finally:
         chromium.close()
     print(f"{checks.passed} passed, {checks.failed} failed")

@@ -155,7 +155,7 @@ class Model:
             "name": self.name,
             "state": "frozen" if self.frozen else "on", "why": "no swaps, on request" if self.frozen else "",
             "requested": self.requested, "k": self.k, "interval": self.interval, "policy": self.policy,
-            "link": True, "threads": 15, "device": "CUDA0 NVIDIA H100 80GB HBM3",
+            "link": True, "threads": 15, "device": "CUDA0 mock",
             "slots": slots, "slots_max": most, "slots_used": used,
             "slot_bytes": slots * self.expert_bytes, "slot_bytes_max": most * self.expert_bytes,
             "registered_bytes": most * self.expert_bytes, "free_bytes": 3 * 2**30 - used * 4096,
@@ -252,15 +252,18 @@ class Mock:
         request.send_header("Content-Length", str(len(body)))
         if policy:
             request.send_header("Content-Security-Policy", policy)
-        request.end_headers()
-        request.wfile.write(body)
+        try:
+            request.end_headers()
+            request.wfile.write(body)
+        except ConnectionError:
+            pass  # the page was closed
 
 
 def large():
-    return Model("qwen3-30b-a3b", skipped=[{"layers": "24", "reason": "experts with biases"}])
+    return Model("mock-24x128", skipped=[{"layers": "24", "reason": "experts with biases"}])
 
 
-def small(name="moe-e64"):
+def small(name="mock-6x64"):
     return Model(name, layers=6, experts=64, used=4, k=24, speed=120, seed=3)
 
 
@@ -271,7 +274,7 @@ def main():
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--hostile", action="store_true", help="a model whose name is markup")
     args = parser.parse_args()
-    models = [large(), small(HOSTILE if args.hostile else "moe-e64")]
+    models = [large(), small(HOSTILE if args.hostile else "mock-6x64")]
     mock = Mock(models, args.port, args.key, not args.read_only)
     print(f"{mock.url}/moe-hot/", flush=True)
     threading.Event().wait()
