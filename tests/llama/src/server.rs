@@ -251,7 +251,8 @@ fn read_events(reader: &mut impl BufRead) -> Result<Vec<Answer>, String> {
         match line.strip_prefix("data: ") {
             Some("[DONE]") => return Ok(answers),
             Some(data) => add(&mut answers, &serde_json::from_str(data).map_err(|e| format!("{e}: {data}"))?),
-            None if line.is_empty() => {}
+            // a line that begins with a colon is a ping
+            None if line.is_empty() || line.starts_with(':') => {}
             None => return Err(format!("not an event: {line}")),
         }
     }
