@@ -940,7 +940,9 @@ fn to_matrix(m: &moe_hot_matrix, what: &str) -> Result<Option<Matrix>, String> {
     // slots have no gaps between rows, and no type has less than a bit an element
     if n_out.checked_mul(m.row_bytes) != Some(m.expert_bytes) || m.row_bytes < n_in.div_ceil(8) {
         let (row, expert) = (m.row_bytes, m.expert_bytes);
-        return Err(format!("{what} has {row} bytes a row and {expert} an expert, for {n_out} rows of {n_in}"));
+        return Err(format!(
+            "{what} has {row} bytes a row and {expert} an expert, for {n_out} rows of {n_in}"
+        ));
     }
     Ok(Some(Matrix {
         data: m.data.cast(),

@@ -21,7 +21,14 @@ fn every_dependency_may_be_used() {
     let exceptions = licences["exceptions"].as_array().unwrap();
 
     let run = Command::new(env::var_os("CARGO").expect("set by cargo"))
-        .args(["metadata", "--format-version=1", "--locked", "--offline", "--all-features", "--filter-platform"])
+        .args([
+            "metadata",
+            "--format-version=1",
+            "--locked",
+            "--offline",
+            "--all-features",
+            "--filter-platform",
+        ])
         .arg(format!("{}-unknown-linux-gnu", env::consts::ARCH))
         .current_dir(root)
         .output()
@@ -32,13 +39,16 @@ fn every_dependency_may_be_used() {
     let (mut refused, mut n_foreign) = (Vec::new(), 0);
     for package in packages.iter().filter(|p| !p["source"].is_null()) {
         n_foreign += 1;
-        let (name, licence, source) = (text(package, "name"), text(package, "license"), text(package, "source"));
+        let (name, licence, source) =
+            (text(package, "name"), text(package, "license"), text(package, "source"));
         let mut allowed = texts(&licences["allow"]);
         let own = exceptions.iter().find(|e| e["crate"].as_str() == Some(name));
         allowed.extend(own.map(|e| texts(&e["allow"])).unwrap_or_default());
         // some still write `MIT/Apache-2.0`
         let fits = Expression::parse_mode(licence, ParseMode::LAX).is_ok_and(|e| {
-            e.evaluate(|r| r.addition.is_none() && r.license.id().is_some_and(|id| allowed.contains(&id.name)))
+            e.evaluate(|r| {
+                r.addition.is_none() && r.license.id().is_some_and(|id| allowed.contains(&id.name))
+            })
         });
         if !fits || !source.starts_with("registry+") {
             refused.push(format!("{name}: licence '{licence}', source {source}"));

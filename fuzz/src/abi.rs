@@ -205,30 +205,103 @@ enum Name<'a> {
 
 #[derive(Arbitrary, Debug)]
 enum Call<'a> {
-    OptionSet { name: Name<'a>, value: Text<'a>, number: Option<u8> },
-    OptionGet { name: Name<'a> },
-    Enabled { out: Out },
-    SetLog { on: bool },
-    Create { model: u8, out: Out },
-    Free { ctx: Handle },
-    ModelFree { model: u8 },
-    Offer { ctx: Handle, layer: Offered },
-    Router { ctx: Handle, il: i32, bytes: Option<&'a [u8]>, huge: bool },
-    Skip { ctx: Handle, il: i32, reason: Text<'a> },
-    Activate { ctx: Handle, n_threads: i32, name: Text<'a>, out: Out },
-    Find { ctx: Handle, weights: u8 },
-    MaxTokens { ctx: Handle },
-    GetSlots { ctx: Handle, layer: i32, out: Out },
-    OpData { ctx: Handle, layer: i32 },
+    OptionSet {
+        name: Name<'a>,
+        value: Text<'a>,
+        number: Option<u8>,
+    },
+    OptionGet {
+        name: Name<'a>,
+    },
+    Enabled {
+        out: Out,
+    },
+    SetLog {
+        on: bool,
+    },
+    Create {
+        model: u8,
+        out: Out,
+    },
+    Free {
+        ctx: Handle,
+    },
+    ModelFree {
+        model: u8,
+    },
+    Offer {
+        ctx: Handle,
+        layer: Offered,
+    },
+    Router {
+        ctx: Handle,
+        il: i32,
+        bytes: Option<&'a [u8]>,
+        huge: bool,
+    },
+    Skip {
+        ctx: Handle,
+        il: i32,
+        reason: Text<'a>,
+    },
+    Activate {
+        ctx: Handle,
+        n_threads: i32,
+        name: Text<'a>,
+        out: Out,
+    },
+    Find {
+        ctx: Handle,
+        weights: u8,
+    },
+    MaxTokens {
+        ctx: Handle,
+    },
+    GetSlots {
+        ctx: Handle,
+        layer: i32,
+        out: Out,
+    },
+    OpData {
+        ctx: Handle,
+        layer: i32,
+    },
     /// A whole step, as the bridge and ggml make it.
-    Step { ctx: Handle, n_tokens: u8, seed: u8, sequences: bool },
-    StepBegin { ctx: Handle, n_tokens: u32, out: Out, misaligned: bool },
-    StepWork { ctx: Handle },
-    PromptRouted { ctx: Handle, layer: i32, ids: Option<Vec<i32>>, misaligned: bool, huge: bool },
-    StepEnd { ctx: Handle },
-    GetStats { ctx: Handle, out: Out },
-    ResetStats { ctx: Handle },
-    Texts { ctx: Handle },
+    Step {
+        ctx: Handle,
+        n_tokens: u8,
+        seed: u8,
+        sequences: bool,
+    },
+    StepBegin {
+        ctx: Handle,
+        n_tokens: u32,
+        out: Out,
+        misaligned: bool,
+    },
+    StepWork {
+        ctx: Handle,
+    },
+    PromptRouted {
+        ctx: Handle,
+        layer: i32,
+        ids: Option<Vec<i32>>,
+        misaligned: bool,
+        huge: bool,
+    },
+    StepEnd {
+        ctx: Handle,
+    },
+    GetStats {
+        ctx: Handle,
+        out: Out,
+    },
+    ResetStats {
+        ctx: Handle,
+    },
+    Texts {
+        ctx: Handle,
+    },
 }
 
 /// A layer of a pool, as it was offered.
@@ -472,9 +545,11 @@ impl World {
                 let down = WEIGHTS[weights].down.as_ptr();
                 // SAFETY: an address.
                 let found = unsafe { moe_hot_find(handle(ctx), down.cast()) };
-                let layer = self.live.get(&ctx).filter(|c| c.active).and_then(|c| {
-                    self.pools[c.pool].1.layers.iter().position(|l| l.weights == weights)
-                });
+                let layer = self
+                    .live
+                    .get(&ctx)
+                    .filter(|c| c.active)
+                    .and_then(|c| self.pools[c.pool].1.layers.iter().position(|l| l.weights == weights));
                 assert_eq!(found, layer.map_or(-1, |l| l as i32));
             }
             Call::MaxTokens { ctx } => {
@@ -744,7 +819,14 @@ impl World {
         }
     }
 
-    fn step_begin(&mut self, ctx: usize, n_tokens: u32, sequences: *const i32, legal: bool, out: Out) -> bool {
+    fn step_begin(
+        &mut self,
+        ctx: usize,
+        n_tokens: u32,
+        sequences: *const i32,
+        legal: bool,
+        out: Out,
+    ) -> bool {
         let mut at = [false; 2];
         // SAFETY: a sequence for each token, or null; a place of that type, or null.
         let status = unsafe { moe_hot_step_begin(handle(ctx), n_tokens, sequences, place(out, &mut at)) };
@@ -812,7 +894,8 @@ impl World {
         // SAFETY: a handle.
         let op = unsafe { moe_hot_op_data(handle(ctx), layer as i32) };
         let w = &WEIGHTS[l.weights];
-        let mut act: Vec<f32> = (0..n_tokens * N_EMBD).map(|i| ((i * 7 + layer) % 13) as f32 / 13.0 - 0.5).collect();
+        let mut act: Vec<f32> =
+            (0..n_tokens * N_EMBD).map(|i| ((i * 7 + layer) % 13) as f32 / 13.0 - 0.5).collect();
         let mut slot_ids = vec![i32::MIN; ids.len()];
         const LEFT_ALONE: f32 = 1e30;
         let mut out = vec![LEFT_ALONE; ids.len() * N_EMBD];

@@ -80,7 +80,10 @@ fn set(options: &mut Options, name: &str, value: Option<&str>) {
         }
         Err(e) => {
             let e = e.to_string();
-            assert!(e.contains(name) && (e.starts_with("there is no option ") || e.contains(value.unwrap())), "{e}");
+            assert!(
+                e.contains(name) && (e.starts_with("there is no option ") || e.contains(value.unwrap())),
+                "{e}"
+            );
             assert_eq!(snapshot(options), before);
         }
     }

@@ -21,7 +21,7 @@ const FIXED: usize = 1 << 20;
 const PER_POOL: usize = 1 << 20;
 /// Larger ones are valid, and slow.
 const MAX_EXPERTS: usize = 2048;
-const MAX_TOKENS: u64 = 1 << 14;
+const MAX_TOKENS: u64 = 1 << 11;
 const MAX_STEPS: usize = 256;
 const MAX_RANK: u32 = 64;
 
@@ -67,7 +67,11 @@ pub fn run(data: &[u8]) {
         return;
     }
     let n_pools = layers.iter().map(|l| l.class).collect::<BTreeSet<_>>().len();
-    let bound = FIXED + PER_POOL * n_pools + PER_EXPERT * n_experts + PER_TOKEN * n_tokens as usize + PER_BYTE * data.len();
+    let bound = FIXED
+        + PER_POOL * n_pools
+        + PER_EXPERT * n_experts
+        + PER_TOKEN * n_tokens as usize
+        + PER_BYTE * data.len();
     bounded(bound, || {
         let (k, interval) = (run.k.into(), run.interval.into());
         let uses = routing.counts().iter().flatten().sum::<u64>();

@@ -352,7 +352,8 @@ fn answers_equal_stocks() {
     // what it decided, for all clients and prompts, is what a replay decides
     let routing = assert_replays(&server.dir.path().join("trace"), PolicyKind::default(), K, INTERVAL);
     assert!(routing.steps.iter().any(|s| s.prefill), "no prompt in the trace");
-    let sequences: std::collections::BTreeSet<_> = routing.steps.iter().flat_map(|s| s.runs.iter().map(|r| r.1)).collect();
+    let sequences: std::collections::BTreeSet<_> =
+        routing.steps.iter().flat_map(|s| s.runs.iter().map(|r| r.1)).collect();
     assert_eq!(sequences.len(), N_CLIENTS, "{sequences:?}");
 
     for (i, (s, h)) in stock.one_at_a_time.iter().zip(&hot.one_at_a_time).enumerate() {
