@@ -84,3 +84,21 @@ pub fn forget(key: usize) {
     // outside the lock: dropping a pool joins its threads
     drop(entry);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_context_that_outlives_its_model_leaves_the_next_one_alone() {
+        const KEY: usize = 0x1000;
+        let old = attach(KEY, Config::default());
+        forget(KEY);
+        let new = attach(KEY, Config::default());
+        detach(KEY, &old);
+        assert_eq!(MODELS.lock()[&KEY].contexts, 1);
+        detach(KEY, &new);
+        assert_eq!(MODELS.lock()[&KEY].contexts, 0);
+        forget(KEY);
+    }
+}

@@ -49,6 +49,8 @@ pub const BLOCK_BYTES: usize = 64 << 10;
 const MAX_BYTES: u32 = 256 << 20;
 /// Most tokens of a ubatch that a reader accepts: a bound on memory for damaged files.
 const MAX_TOKENS: u32 = 1 << 20;
+/// The same for one that was decoded through the slots, which takes a few; a policy works for each.
+const MAX_DECODED: u32 = 1 << 10;
 /// Most bytes of an expert that a reader accepts, so that sums over a trace fit.
 const MAX_EXPERT_BYTES: u64 = 1 << 40;
 /// Bytes of the head before its layers, and of each layer.
@@ -507,10 +509,11 @@ impl<R: Read> TraceReader<R> {
     }
 
     fn step(&mut self, prefill: bool) -> Result<Step, TraceError> {
+        let most = if prefill { MAX_TOKENS } else { MAX_DECODED };
         let (mut runs, mut n_tokens) = (Vec::new(), 0);
         for _ in 0..self.take_u32()? {
             let (n, sequence) = (self.take_u32()?, self.take_u32()?);
-            if n > MAX_TOKENS - n_tokens {
+            if n > most - n_tokens {
                 return Err(self.damaged("a ubatch claims an impossible number of tokens"));
             }
             n_tokens += n;
@@ -750,7 +753,8 @@ mod tests {
         for kind in [DECODED, PROMPT] {
             let tokens = "a ubatch claims an impossible number of tokens";
             assert_eq!(error(&u32s(kind, &[1, u32::MAX, 0])), tokens);
-            assert_eq!(error(&u32s(kind, &[2, MAX_TOKENS, 0, 1, 0])), tokens);
+            let most = if kind == DECODED { MAX_DECODED } else { MAX_TOKENS };
+            assert_eq!(error(&u32s(kind, &[2, most, 0, 1, 0])), tokens);
             let beyond = "a record is longer than its block";
             assert_eq!(error(&u32s(kind, &[1, 1, 0, u32::MAX])), beyond);
             assert_eq!(error(&u32s(kind, &[u32::MAX, 1, 0])), beyond);

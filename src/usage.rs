@@ -30,10 +30,10 @@ impl StepUsage {
         self.ids.iter().all(Vec::is_empty)
     }
 
-    /// Begins a step of a ubatch.
+    /// Begins a step of a ubatch; one that was given up leaves nothing.
     pub fn begin(&mut self, n_tokens: u32, sequences: &[u32]) {
+        self.clear();
         self.n_tokens = n_tokens;
-        self.sequences.clear();
         self.sequences.extend_from_slice(sequences);
     }
 
@@ -46,5 +46,21 @@ impl StepUsage {
         self.linked = 0;
         self.ids.iter_mut().for_each(Vec::clear);
         self.cold.fill(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_that_was_given_up_leaves_nothing() {
+        let mut usage = StepUsage::new(1);
+        usage.begin(100, &[3; 100]);
+        usage.ids[0].extend([1; 200]);
+        usage.misses = 200;
+        usage.begin(2, &[]);
+        assert!(usage.is_empty() && usage.sequences.is_empty());
+        assert_eq!((usage.n_tokens, usage.misses), (2, 0));
     }
 }

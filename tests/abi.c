@@ -128,6 +128,13 @@ int main(void) {
     layer.down.n_in--;
     CHECK(moe_hot_offer(ctx, &layer) == MOE_HOT_INVALID_ARGUMENT);
     layer.down.n_in++;
+    layer.activation = 3;
+    CHECK(moe_hot_offer(ctx, &layer) == MOE_HOT_INVALID_ARGUMENT && strstr(moe_hot_error(), "activation 3"));
+    layer.activation = MOE_HOT_GATED;
+    layer.up.row_bytes += sizeof(float); // a gap that slots do not have
+    CHECK(moe_hot_offer(ctx, &layer) == MOE_HOT_INVALID_ARGUMENT && strstr(moe_hot_error(), "up has 260 bytes a row"));
+    layer.up.row_bytes -= sizeof(float);
+    CHECK(moe_hot_offer(ctx, (const void *) ((const char *) &layer + 1)) == MOE_HOT_INVALID_ARGUMENT);
     CHECK(moe_hot_offer(ctx, &layer) == MOE_HOT_OK);
     CHECK(moe_hot_find(ctx, down) == -1);
     CHECK(moe_hot_activate(ctx, 1, "test", &active) == MOE_HOT_OK && active && n_messages > 0);
@@ -208,6 +215,17 @@ int main(void) {
     CHECK(moe_hot_step_begin(other, 1, NULL, &hot) == MOE_HOT_OK && moe_hot_step_begin(ctx, 1, NULL, &hot) == MOE_HOT_OK);
     moe_hot_context_free(other);
     moe_hot_context_free(ctx);
+
+    // what is no context, or none any more, is refused
+    CHECK(moe_hot_step_end(ctx) == MOE_HOT_INVALID_ARGUMENT && strstr(moe_hot_error(), "freed"));
+    CHECK(moe_hot_max_tokens(ctx) == 0 && moe_hot_op_data(ctx, 0) == NULL && moe_hot_summary(ctx) == NULL);
+    CHECK(moe_hot_step_end((moe_hot_context *) gate) == MOE_HOT_INVALID_ARGUMENT);
+    moe_hot_context_free(ctx);
+    moe_hot_context_free((moe_hot_context *) gate);
+    CHECK(moe_hot_context_create(gate, &other) == MOE_HOT_OK && other != ctx);
+    CHECK(moe_hot_get_stats(other, (moe_hot_stats *) ((char *) &stats + 1)) == MOE_HOT_INVALID_ARGUMENT);
+    CHECK(moe_hot_get_stats(other, &stats) == MOE_HOT_STATE);
+    moe_hot_context_free(other);
     moe_hot_model_free(gate);
     puts("ok");
     return 0;

@@ -21,7 +21,7 @@ const FIXED: usize = 1 << 20;
 const PER_POOL: usize = 1 << 20;
 /// Larger ones are valid, and slow.
 const MAX_EXPERTS: usize = 2048;
-const MAX_TOKENS: u64 = 1 << 14;
+const MAX_TOKENS: u64 = 1 << 11;
 const MAX_STEPS: usize = 256;
 const MAX_RANK: u32 = 64;
 
