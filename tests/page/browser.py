@@ -115,12 +115,18 @@ class Page:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']['exception'].get('description')}")
         return answer["result"].get("value")
 
-    def wait(self, expression, seconds=10):
-        """Waits until an expression is true."""
+    def wait(self, expression, seconds=30):
+        """Waits until an expression is true; it may fail before, as while a page is being loaded."""
         end = time.monotonic() + seconds
-        while not self.js(expression):
+        while True:
+            why = expression
+            try:
+                if self.js(expression):
+                    return
+            except RuntimeError as e:
+                why = e
             if time.monotonic() > end:
-                raise Timeout(f"not within {seconds} s: {expression}")
+                raise Timeout(f"not within {seconds} s: {why}")
             time.sleep(0.05)
 
     def press(self, name, code=0):

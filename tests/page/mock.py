@@ -60,9 +60,9 @@ class Model:
         self.rest = 0.0
 
     def advance(self, seconds):
-        """Decodes for a while: a quarter of a second at a time."""
+        """Decodes for a while, in steps of half a second."""
         while seconds > 0:
-            span, seconds = min(seconds, 0.25), seconds - 0.25
+            span, seconds = min(seconds, 0.5), seconds - 0.5
             tokens = span * self.speed * self.rng.uniform(0.8, 1.2) + self.rest
             self.rest = tokens % 1
             if tokens >= 1:
@@ -236,7 +236,7 @@ class Mock:
     def seen(self):
         now = time.monotonic()
         for model in self.models:
-            model.advance(min(now - self.now, 10))
+            model.advance(min(now - self.now, 2))  # a slow machine must keep up
         self.now = now
         return {"version": 1, "now_us": int((now - self.start) * 1e6), "writable": self.writable,
                 "models": [m.state() for m in self.models]}
