@@ -446,7 +446,12 @@ class Server:
 
     def close(self):
         self.process.terminate()
-        self.process.wait(20)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            # a request that was cut off: llama-server waits for it
+            self.process.kill()
+            self.process.wait()
 
 
 class Traffic:
