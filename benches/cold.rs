@@ -138,7 +138,7 @@ fn nodes(c: &mut Criterion, ggml: &Ggml) {
         up: matrix(1),
         down: matrix(2),
         merged: false,
-        activation: ffi::moe_hot_activation::MOE_HOT_GATED,
+        activation: ffi::moe_hot_activation::MOE_HOT_GATED as i32,
         gated: Some(swiglu),
         unary: None,
         device: ptr::null(),
