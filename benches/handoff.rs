@@ -5,7 +5,6 @@
 //! which measure nothing. With `--copy-loop` it only takes bandwidth from the link, until it is killed.
 
 use std::{
-    ffi::c_char,
     process::ExitCode,
     ptr,
     sync::{
@@ -121,14 +120,9 @@ fn answer(remote: &Remote, stop: &AtomicBool) {
     }
 }
 
-/// The first device.
+/// The first device, bound to this thread.
 fn open() -> Result<Arc<Device>, CudaError> {
-    cu!(cuInit(0));
-    let mut pci = [0 as c_char; 32];
-    cu!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, 0));
-    // SAFETY: the driver ends it with a zero.
-    let pci = unsafe { std::ffi::CStr::from_ptr(pci.as_ptr()) }.to_str().expect("ASCII").to_string();
-    let device = Device::open(&pci)?;
+    let device = Device::first()?;
     device.bind()?;
     Ok(device)
 }
@@ -144,7 +138,8 @@ fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
         n_out: EMBD,
     };
     let port = Port::new(device.clone(), shape)?;
-    let memory = VideoMemory::new(device.clone(), EMBD * 4 * (USED + 2) + 16384)?;
+    let bytes = EMBD * 4 * (USED + 2) + 16384;
+    let memory = VideoMemory::new(device.clone(), bytes, bytes)?;
     let ids: [i32; USED] = std::array::from_fn(|k| k as i32 * 7);
     cu!(cuMemcpyHtoD_v2(memory.ptr() as u64 + (EMBD * 4) as u64, ids.as_ptr().cast(), size_of_val(&ids)));
 
@@ -177,7 +172,7 @@ fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
 fn copy_loop() -> Result<(), CudaError> {
     const BYTES: usize = 64 << 20;
     let device = open()?;
-    let memory = VideoMemory::new(device.clone(), BYTES)?;
+    let memory = VideoMemory::new(device.clone(), BYTES, BYTES)?;
     let mut host = ptr::null_mut();
     cu!(cuMemHostAlloc(&mut host, BYTES, 0));
     loop {

@@ -10,20 +10,23 @@ mod ggml;
 
 use std::{
     ffi::c_int,
-    hint::black_box,
     process::ExitCode,
-    sync::{Arc, Barrier},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use ggml::Ggml;
-use moe_hot::cold::{Activation, ColdRow, Engine, Layer, WorkerPool, placement::Placement, probe};
+use moe_hot::{
+    cold::{Activation, ColdRow, Engine, Layer, WorkerPool, placement::Placement, probe},
+    measure,
+};
 
 const N_EMBD: usize = 2048;
 const N_FF: usize = 1024;
 const N_EXPERT: usize = 64;
 const N_COLD: usize = 4;
 const BOUND: Duration = Duration::from_secs(5);
+const READING: Duration = Duration::from_millis(100);
 
 const TYPES: [(i32, &str); 8] = [
     (2, "q4_0"),
@@ -92,37 +95,6 @@ fn pool(layers: Vec<Layer>, n_workers: usize, cpus: Option<&[usize]>, requests: 
     (requests * N_COLD * layers[0].expert_bytes()) as f64 / time.as_nanos() as f64
 }
 
-/// Bytes a ns that `n` threads read, each its part from end to end, with prefetches `AHEAD`: without, they are slower
-/// than the row kernels.
-fn read(data: &[u8], n: usize) -> f64 {
-    const AHEAD: usize = 4 << 10;
-    const LINE: usize = 64;
-    let part = data.len() / n / LINE * LINE;
-    let ready = Barrier::new(n);
-    let rate = |chunk: &[u8]| {
-        ready.wait();
-        let start = Instant::now();
-        let mut sum = [0u64; LINE / 8];
-        for line in chunk.chunks_exact(LINE) {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: a hint that reads nothing, whatever the address.
-            unsafe {
-                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD).cast());
-            }
-            for (sum, word) in sum.iter_mut().zip(line.chunks_exact(8)) {
-                *sum ^= u64::from_ne_bytes(word.try_into().expect("8 bytes"));
-            }
-        }
-        black_box(sum);
-        chunk.len() as f64 / start.elapsed().as_nanos() as f64
-    };
-    std::thread::scope(|s| {
-        let threads: Vec<_> = data.chunks_exact(part).take(n).map(|c| s.spawn(|| rate(c))).collect();
-        threads.into_iter().map(|t| t.join().expect("it reads")).sum()
-    })
-}
-
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -153,7 +125,7 @@ fn main() -> ExitCode {
     let mut rates = vec![Vec::new(); 2 * TYPES.len() + 1];
     for _ in 0..rounds {
         let mut at = rates.iter_mut();
-        at.next().expect("the first").push(read(&data, cores));
+        at.next().expect("the first").push(measure::read_for(&data, cores, READING));
         for (ty, _) in TYPES {
             for ours in [false, true] {
                 let rate = pool(layers(&ggml, ty, &data, ours), cores - 1, cpus, requests);

@@ -94,7 +94,7 @@ typedef struct moe_hot_layer {
 // The slots of a layer's class: matrix i (gate, up, down; absent ones left out) of slot s is at
 // `data[i] + s * expert_bytes`.
 typedef struct moe_hot_slots {
-  // Number of slots.
+  // Number of slots that there are addresses for; DISPATCH gives out those that have memory.
   uint32_t n_slots;
   // Number of matrices, 2 or 3.
   uint32_t n_matrices;
@@ -146,6 +146,18 @@ typedef struct moe_hot_stats {
   uint64_t worker_busy_us;
 } moe_hot_stats;
 
+// An answer to an HTTP client.
+typedef struct moe_hot_response {
+  // HTTP status.
+  int32_t status;
+  // Type of the body.
+  const char *content_type;
+  // Value of the header Content-Security-Policy; null: none.
+  const char *security_policy;
+  // The body, zero-terminated.
+  const char *body;
+} moe_hot_response;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -175,7 +187,7 @@ enum moe_hot_status moe_hot_option_set(const char *name, const char *value);
 // `name` is zero-terminated.
 const char *moe_hot_option_get(const char *name);
 
-// Whether K > 0 is asked for. Fails when an option in the environment is not allowed.
+// Whether slots are asked for. Fails when an option in the environment is not allowed.
 //
 // # Safety
 // `enabled` is null or valid for a write.
@@ -243,6 +255,21 @@ int32_t moe_hot_find(const struct moe_hot_context *ctx, const void *down_data);
 // # Safety
 // `ctx` is null or from `moe_hot_context_create`.
 uint32_t moe_hot_max_tokens(const struct moe_hot_context *ctx);
+
+// Changes when graphs that were built before must not be used again: where ubatches take the hot path that did not, or
+// the other way round.
+//
+// # Safety
+// `ctx` is null or from `moe_hot_context_create`.
+uint64_t moe_hot_graph_version(const struct moe_hot_context *ctx);
+
+// Whether `moe_hot_prompt_routed` should be told what a ubatch of `n_tokens` tokens routes that does not take the hot
+// path.
+//
+// # Safety
+// `ctx` is null or from `moe_hot_context_create`.
+bool moe_hot_observes(const struct moe_hot_context *ctx,
+                      uint32_t n_tokens);
 
 // The slots of hot layer `layer`.
 //
@@ -317,11 +344,27 @@ const char *moe_hot_status_text(const struct moe_hot_context *ctx);
 // `ctx` is null or from `moe_hot_context_create`.
 const char *moe_hot_summary(const struct moe_hot_context *ctx);
 
-// The counters in Prometheus' text format; otherwise as `moe_hot_status_text`.
+// Answers GET and POST /moe-hot, GET /moe-hot/ (a page), and gives the parts of GET /props (JSON) and of GET /metrics
+// (Prometheus' text format), for all models of the process. `body`: `n_body` bytes. `writable`: whether changes are
+// allowed. Valid until the next call on this thread. May be called from any thread at any time.
 //
 // # Safety
-// `ctx` is null or from `moe_hot_context_create`.
-const char *moe_hot_prometheus(const struct moe_hot_context *ctx);
+// `method` and `path` are zero-terminated strings; `body` is null or has `n_body` bytes; `out` is null or valid for a
+// write.
+enum moe_hot_status moe_hot_http(const char *method,
+                                 const char *path,
+                                 const void *body,
+                                 size_t n_body,
+                                 bool writable,
+                                 struct moe_hot_response *out);
+
+// The device with PCI address `device` has no memory for `bytes` bytes: slots there are given back, at once. Whether that
+// was possible, and it is worth another try. Not while a step of the calling thread runs.
+//
+// # Safety
+// `device` is null or a zero-terminated string.
+bool moe_hot_give_back(const char *device,
+                       size_t bytes);
 
 // The DISPATCH node (`ggml_custom_op_t`): sources activations `[n_embd, 1, n_tokens]` f32 and selected
 // experts `[n_used, n_tokens]` i32; result `[n_used, n_tokens]` i32, the slot or -1. One task.

@@ -150,3 +150,27 @@ find_nvcc() {
     [ "$1" = compiler ] || cuda_packages libraries "${CUDA_LIBRARIES[@]}"
     NVCC=$(echo "$CUDA_VENV"/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
 }
+
+# A llama.cpp later than the pin, in a package of the Rust registry.
+UPSTREAM_PACKAGE=llama-cpp-sys-4
+UPSTREAM_VERSION=0.11.0
+UPSTREAM_SHA256=814738cddce0c910aa0f5192fd9d3e2ff7e447453e66326dd2f5df7f1375aea3
+UPSTREAM_DIR=$CACHE/upstream
+
+# Has cargo fetch it, and sets UPSTREAM_SOURCE to its llama.cpp, which is the registry's and must not be changed.
+upstream_source() {
+    local project=$UPSTREAM_DIR/fetch name="$UPSTREAM_PACKAGE $UPSTREAM_VERSION"
+    need cargo "install a Rust toolchain (https://rustup.rs) and have ~/.cargo/bin in PATH"
+    mkdir -p "$project"
+    # a package that needs it makes cargo fetch it; a workspace of its own keeps it apart from ours
+    printf '%s\n' '[package]' 'name = "fetch"' '[lib]' 'path = "none.rs"' '[dependencies]' \
+        "$UPSTREAM_PACKAGE = \"=$UPSTREAM_VERSION\"" '[workspace]' > "$project/Cargo.toml"
+    hint="check the network and the settings of cargo, then run again" \
+        run "fetching $name" "$CACHE/log/upstream-fetch.log" cargo fetch --manifest-path "$project/Cargo.toml"
+    # cargo has compared it with the package
+    grep -qF "checksum = \"$UPSTREAM_SHA256\"" "$project/Cargo.lock" || die "$name is not the package of sha256 $UPSTREAM_SHA256"
+    UPSTREAM_SOURCE=$(cargo metadata --offline --format-version 1 --manifest-path "$project/Cargo.toml" |
+        grep -oE "\"manifest_path\":\"[^\"]*/$UPSTREAM_PACKAGE-$UPSTREAM_VERSION/Cargo.toml\"" | cut -d'"' -f4)
+    UPSTREAM_SOURCE=${UPSTREAM_SOURCE%/Cargo.toml}/llama.cpp
+    [ -d "$UPSTREAM_SOURCE" ] || die "$name has no llama.cpp"
+}

@@ -43,11 +43,25 @@ pub enum Kernels {
     Ggml,
 }
 
+/// Whether the slots are left when they turn out not to pay.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum AutoOff {
+    /// Beside a GPU. In host memory there is nothing to be won, and who asks for slots there wants to see them.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
 /// The options of one pool.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Config {
-    /// Slots a layer on average; 0: off.
-    pub k: u32,
+    /// Slots a layer on average; 0: off, unless there is `vram`; `None`: as many as there is room for.
+    pub k: Option<u32>,
+    /// Most bytes of slots.
+    pub vram: Option<u64>,
     /// Decoded tokens between two plans. Short: copies run beside decode, and a plan takes some 100 us.
     pub rebalance_interval: u32,
     /// Whether the device may read cold experts over the link while the CPU computes others.
@@ -66,12 +80,37 @@ pub struct Config {
     pub profile_out: Option<PathBuf>,
     /// Where the routing trace goes.
     pub trace: Option<PathBuf>,
+    /// Whether the slots are left when they do not pay.
+    pub auto_off: AutoOff,
+}
+
+impl Config {
+    /// Whether slots are asked for.
+    pub fn enabled(&self) -> bool {
+        self.k != Some(0) || self.vram.is_some()
+    }
+
+    /// Slots asked for in a layer of `n_expert`, as far as K goes.
+    pub fn slots_of(&self, n_expert: u32) -> u32 {
+        self.k.filter(|k| *k > 0).map_or(n_expert, |k| k.min(n_expert))
+    }
+
+    /// What was asked for, in the words of the options.
+    pub fn requested(&self) -> String {
+        let k = self.k.map_or("auto".into(), |k| k.to_string());
+        match (self.k, self.vram) {
+            (Some(0), Some(vram)) => format!("{} MiB", vram >> 20),
+            (_, Some(vram)) => format!("K = {k}, {} MiB", vram >> 20),
+            _ => format!("K = {k}"),
+        }
+    }
 }
 
 impl Default for Config {
     fn default() -> Self {
         Config {
-            k: 0,
+            k: Some(0),
+            vram: None,
             rebalance_interval: 4,
             link: true,
             kernels: Kernels::Auto,
@@ -81,6 +120,7 @@ impl Default for Config {
             profile: None,
             profile_out: None,
             trace: None,
+            auto_off: AutoOff::Auto,
         }
     }
 }
@@ -98,16 +138,34 @@ struct Opt {
 /// Most tokens between two plans: a plan a million tokens is as good as none.
 const MAX_INTERVAL: u32 = 1 << 20;
 const MAX_THREADS: u32 = 512;
+/// 16 TiB.
+const MAX_MIB: u64 = 1 << 24;
 
-const OPTIONS: [Opt; 10] = [
+const OPTIONS: [Opt; 12] = [
     Opt {
         name: "moe-hot-k",
         env: "LLAMA_ARG_MOE_HOT_K",
         parse: |c, v| {
-            c.k = v.parse().map_err(|_| "a number of slots per layer, 0 (off) or more".to_string())?;
+            c.k = match v {
+                "auto" => None,
+                _ => Some(
+                    v.parse()
+                        .map_err(|_| "auto or a number of slots per layer, 0 (off) or more".to_string())?,
+                ),
+            };
             Ok(())
         },
-        show: |c| c.k.to_string(),
+        show: |c| c.k.map_or("auto".into(), |k| k.to_string()),
+    },
+    Opt {
+        name: "moe-hot-vram",
+        env: "LLAMA_ARG_MOE_HOT_VRAM",
+        parse: |c, v| {
+            let mib = v.parse().ok().filter(|n| (1..=MAX_MIB).contains(n));
+            c.vram = Some(mib.ok_or(format!("a number of MiB from 1 to {MAX_MIB}"))? << 20);
+            Ok(())
+        },
+        show: |c| c.vram.map_or(String::new(), |b| (b >> 20).to_string()),
     },
     Opt {
         name: "moe-hot-rebalance-interval",
@@ -222,6 +280,27 @@ const OPTIONS: [Opt; 10] = [
         },
         show: |c| show_path(&c.trace),
     },
+    Opt {
+        name: "moe-hot-auto-off",
+        env: "LLAMA_ARG_MOE_HOT_AUTO_OFF",
+        parse: |c, v| {
+            c.auto_off = match v {
+                "auto" => AutoOff::Auto,
+                "on" => AutoOff::On,
+                "off" => AutoOff::Off,
+                _ => return Err("one of auto, on, off".into()),
+            };
+            Ok(())
+        },
+        show: |c| {
+            match c.auto_off {
+                AutoOff::Auto => "auto",
+                AutoOff::On => "on",
+                AutoOff::Off => "off",
+            }
+            .into()
+        },
+    },
 ];
 
 fn show_path(path: &Option<PathBuf>) -> String {
@@ -316,6 +395,14 @@ pub fn set(name: &str, value: Option<&str>) -> Result<(), ConfigError> {
     PROCESS.lock().set(name, value)
 }
 
+/// Whether `value` is allowed for an option; nothing is set.
+///
+/// # Errors
+/// As [`Options::set`].
+pub fn check(name: &str, value: &str) -> Result<(), ConfigError> {
+    Options::new().set(name, Some(value))
+}
+
 /// [`Options::get`] on the options of the process.
 ///
 /// # Errors
@@ -342,7 +429,7 @@ mod tests {
 
     #[test]
     fn every_way_to_be_wrong_has_its_message() {
-        let k = "a number of slots per layer, 0 (off) or more";
+        let k = "auto or a number of slots per layer, 0 (off) or more";
         let interval = "a number of tokens from 1 to 1048576";
         let cases = [
             ("moe-hot-k", "-3", k),
@@ -350,6 +437,9 @@ mod tests {
             ("moe-hot-k", "", k),
             ("moe-hot-k", "4294967296", k),
             ("moe-hot-k", "1.5", k),
+            ("moe-hot-vram", "0", "a number of MiB from 1 to 16777216"),
+            ("moe-hot-vram", "4G", "a number of MiB from 1 to 16777216"),
+            ("moe-hot-auto-off", "no", "one of auto, on, off"),
             ("moe-hot-rebalance-interval", "0", interval),
             ("moe-hot-rebalance-interval", "1048577", interval),
             ("moe-hot-rebalance-interval", "often", interval),
@@ -397,13 +487,32 @@ mod tests {
     fn a_set_value_wins_over_the_environment_and_that_over_the_default() {
         let env = |n: &str| (n == "LLAMA_ARG_MOE_HOT_K").then(|| "16".to_string());
         let mut o = Options::new();
-        assert_eq!(o.snapshot(no_env).unwrap().k, 0);
-        assert_eq!(o.snapshot(env).unwrap().k, 16);
+        assert_eq!(o.snapshot(no_env).unwrap().k, Some(0));
+        assert_eq!(o.snapshot(env).unwrap().k, Some(16));
         o.set("moe-hot-k", Some("8")).unwrap();
-        assert_eq!(o.snapshot(env).unwrap().k, 8);
+        assert_eq!(o.snapshot(env).unwrap().k, Some(8));
         assert_eq!(o.get("moe-hot-k", env).unwrap(), "8");
         o.set("moe-hot-k", None).unwrap();
-        assert_eq!(o.snapshot(env).unwrap().k, 16);
+        assert_eq!(o.snapshot(env).unwrap().k, Some(16));
+    }
+
+    #[test]
+    fn slots_are_asked_for_by_number_by_bytes_or_not() {
+        let mut o = Options::new();
+        let told = |o: &Options| {
+            let c = o.snapshot(no_env).unwrap();
+            (c.enabled(), c.slots_of(64), c.requested())
+        };
+        assert_eq!(told(&o), (false, 64, "K = 0".into()));
+        o.set("moe-hot-vram", Some("300")).unwrap();
+        assert_eq!(told(&o), (true, 64, "300 MiB".into()));
+        o.set("moe-hot-k", Some("100")).unwrap();
+        assert_eq!(told(&o), (true, 64, "K = 100, 300 MiB".into()));
+        o.set("moe-hot-k", Some("auto")).unwrap();
+        assert_eq!(told(&o), (true, 64, "K = auto, 300 MiB".into()));
+        o.set("moe-hot-vram", None).unwrap();
+        o.set("moe-hot-k", Some("16")).unwrap();
+        assert_eq!(told(&o), (true, 16, "K = 16".into()));
     }
 
     #[test]
@@ -411,6 +520,8 @@ mod tests {
         let mut o = Options::new();
         for (name, value) in [
             ("moe-hot-k", "16"),
+            ("moe-hot-vram", "300"),
+            ("moe-hot-auto-off", "on"),
             ("moe-hot-rebalance-interval", "1"),
             ("moe-hot-pp-bypass", "4"),
             ("moe-hot-policy", "predict:margin=0.2:shared=off"),
@@ -425,7 +536,9 @@ mod tests {
             assert_eq!(o.get(name, no_env).unwrap(), value);
         }
         let expected = Config {
-            k: 16,
+            k: Some(16),
+            vram: Some(300 << 20),
+            auto_off: AutoOff::On,
             rebalance_interval: 1,
             link: false,
             kernels: Kernels::Ggml,

@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use parking_lot::{Mutex, MutexGuard};
@@ -17,9 +17,10 @@ use crate::{
         Device,
         cuda::{CudaError, Fault, Port, PortShape},
     },
+    judge::{Judge, Verdict},
     lanes::{Lanes, Sample},
     log::{Level, log},
-    model::{Boundary, Model},
+    model::{Boundary, Model, Took},
     telemetry::{Stats, Step, StepLog},
     usage::StepUsage,
     verify::Verify,
@@ -60,7 +61,23 @@ pub struct Context {
     running: Mutex<Option<Running>>,
     log: Option<Mutex<StepLog>>,
     verify: Option<Mutex<Verify>>,
+    judged: Option<Mutex<Judged>>,
+    /// Changes when the graphs that were built before must not be used again.
+    graph_version: AtomicU64,
+    /// Busy time that the model knows of, in us.
+    busy_told: AtomicU64,
 }
+
+/// Whether the slots pay, from how long steps of one token take from begin to begin.
+#[derive(Default)]
+struct Judged {
+    judge: Judge,
+    /// The step before, if it was of one token: its begin, and whether it used slots.
+    before: Option<(Instant, bool)>,
+}
+
+/// A longer time from one step to the next was not decode.
+const LONGEST_STEP: Duration = Duration::from_secs(2);
 
 /// After a failure of the cold engine its experts go over the link for so many tokens, where that is possible.
 const REST_TOKENS: u32 = 64;
@@ -127,6 +144,9 @@ impl Context {
             running: Mutex::default(),
             log: StepLog::new().map(Mutex::new),
             verify: Verify::from_env().map(Mutex::new),
+            judged: model.judges().then(Mutex::default),
+            graph_version: AtomicU64::new(0),
+            busy_told: AtomicU64::new(0),
             model,
         })
     }
@@ -178,9 +198,12 @@ impl Context {
         self.failed.lock().get_or_insert(why);
     }
 
-    /// Largest ubatch that takes the hot path, in tokens; 0 while a thread of the cold engine is stuck and the device
-    /// cannot do without: the stock graph needs none of them.
+    /// Largest ubatch that takes the hot path, in tokens; 0 where slots do not pay, and while a thread of the cold engine
+    /// is stuck and the device cannot do without: the stock graph needs none of them.
     pub fn max_tokens(&self) -> u32 {
+        if self.judged.as_ref().is_some_and(|j| !j.lock().judge.slots()) {
+            return 0;
+        }
         if self.stuck.load(Ordering::Relaxed) {
             if !self.engine.is_idle() {
                 let without = self.lanes.lock().lanes.rest_cpu(REST_TOKENS);
@@ -205,6 +228,7 @@ impl Context {
         self.close_step();
         let since = Instant::now();
         let hot = n_tokens <= self.max_tokens();
+        self.judge(n_tokens, hot, since);
         let boundary = self.model.step_begin(self.id, hot);
         if !hot {
             self.prompt.lock().begin(n_tokens, sequences);
@@ -222,6 +246,52 @@ impl Context {
             port.update((version, lanes.version()), fill, lanes.tables())?;
         }
         Ok(true)
+    }
+
+    /// Changes when the graphs that were built before must not be used again.
+    pub fn graph_version(&self) -> u64 {
+        self.graph_version.load(Ordering::Relaxed)
+    }
+
+    /// Whether what a ubatch of `n_tokens` tokens routes on the stock graph is worth knowing: a prompt's, unless slots are
+    /// not used for now.
+    pub fn observes(&self, n_tokens: u32) -> bool {
+        let Some(judged) = &self.judged else { return true };
+        n_tokens > self.model.max_tokens() && !judged.lock().judge.is_off()
+    }
+
+    /// A step begins, and with that the one before has ended. What follows from it is for the next: the graph of this one
+    /// has been built.
+    fn judge(&self, n_tokens: u32, slots: bool, now: Instant) {
+        let Some(judged) = &self.judged else { return };
+        let Judged { judge, before } = &mut *judged.lock();
+        let this = (n_tokens == 1).then_some((now, slots));
+        let Some((at, slots)) = std::mem::replace(before, this) else { return };
+        let took = now - at;
+        if this.is_none() || took > LONGEST_STEP {
+            return;
+        }
+        let used = judge.slots();
+        let verdict = judge.observe(slots, took.as_micros() as u64);
+        if judge.slots() != used {
+            self.graph_version.fetch_add(1, Ordering::Relaxed);
+        }
+        let Some(verdict) = verdict else { return };
+        let Verdict { slots_us, stock_us, on, changed } = verdict;
+        if changed {
+            let what = if on {
+                "the slots pay again"
+            } else {
+                "the slots do not pay here, and are off until they do"
+            };
+            log!(
+                Level::Warn,
+                "moe-hot: {what}: a token took {:.2} ms with them and {:.2} ms without",
+                slots_us / 1e3,
+                stock_us / 1e3
+            );
+        }
+        self.model.judged(verdict);
     }
 
     /// The graph of the ubatch has been launched: what need not be done before can be done now.
@@ -299,18 +369,26 @@ impl Context {
             self.counters.misses.fetch_add(usage.misses, Ordering::Relaxed);
             self.counters.linked.fetch_add(usage.linked, Ordering::Relaxed);
         }
-        self.model.step_end(self.id, &usage);
+        let join_wait_ns = self.counters.join_wait_ns.load(Ordering::Relaxed);
+        let join_wait = Duration::from_nanos(join_wait_ns.saturating_sub(step.join_wait_ns));
+        let busy_us = self.engine.busy_us();
+        let told_us = self.busy_told.swap(busy_us, Ordering::Relaxed);
+        let took = Took {
+            step: step.since.elapsed(),
+            join_wait,
+            // the counter may have been reset meanwhile
+            busy: Duration::from_micros(busy_us.checked_sub(told_us).unwrap_or(busy_us)),
+        };
+        self.model.step_end(self.id, &usage, took);
         if let Some(log) = &self.log {
-            let join_wait_ns = self.counters.join_wait_ns.load(Ordering::Relaxed);
-            let join_wait_ns = join_wait_ns.saturating_sub(step.join_wait_ns);
             log.lock().add(Step {
-                us: step.since.elapsed().as_micros() as u64,
+                us: took.step.as_micros() as u64,
                 tokens: usage.n_tokens,
                 hits: usage.hits,
                 misses: usage.misses,
                 copying: step.boundary.copying,
                 rebalance_us: step.boundary.rebalance_us,
-                join_wait_us: join_wait_ns / 1000,
+                join_wait_us: join_wait.as_micros() as u64,
             });
         }
         usage.clear();

@@ -1,5 +1,5 @@
 //! What a decode step costs on a machine: a line through four counts, so that a replay can say tokens a
-//! second. The constants are measured (`moe-hot probe`) and kept in a file with the model they are for.
+//! second. The constants are measured (`moe-hot probe -m`) and kept in a file with the model they are for.
 //!
 //! For steps of one token: a step of many tokens has more to compute for each expert than to read.
 

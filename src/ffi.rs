@@ -24,7 +24,7 @@ use crate::{
     handles::Handles,
     log::{self, Level, log},
     model::{Model, Offer},
-    registry,
+    registry, view,
 };
 
 /// How a call ended.
@@ -129,7 +129,7 @@ pub struct moe_hot_layer {
 /// `data[i] + s * expert_bytes`.
 #[repr(C)]
 pub struct moe_hot_slots {
-    /// Number of slots.
+    /// Number of slots that there are addresses for; DISPATCH gives out those that have memory.
     pub n_slots: u32,
     /// Number of matrices, 2 or 3.
     pub n_matrices: u32,
@@ -207,6 +207,7 @@ struct Op {
 thread_local! {
     static ERROR: RefCell<CString> = RefCell::default();
     static TEXT: RefCell<CString> = RefCell::default();
+    static RESPONSE: RefCell<[CString; 3]> = RefCell::default();
 }
 
 fn c_text(text: &str) -> CString {
@@ -348,7 +349,7 @@ pub unsafe extern "C" fn moe_hot_option_get(name: *const c_char) -> *const c_cha
     value
 }
 
-/// Whether K > 0 is asked for. Fails when an option in the environment is not allowed.
+/// Whether slots are asked for. Fails when an option in the environment is not allowed.
 ///
 /// # Safety
 /// `enabled` is null or valid for a write.
@@ -358,7 +359,7 @@ pub unsafe extern "C" fn moe_hot_enabled(enabled: *mut bool) -> moe_hot_status {
         let enabled = deref!(enabled, as_mut);
         match config::snapshot() {
             Ok(c) => {
-                *enabled = c.k > 0;
+                *enabled = c.enabled();
                 MOE_HOT_OK
             }
             Err(e) => fail(MOE_HOT_INVALID_ARGUMENT, &e.to_string()),
@@ -565,6 +566,36 @@ pub unsafe extern "C" fn moe_hot_max_tokens(ctx: *const moe_hot_context) -> u32 
     n
 }
 
+/// Changes when graphs that were built before must not be used again: where ubatches take the hot path that did not, or
+/// the other way round.
+///
+/// # Safety
+/// `ctx` is null or from `moe_hot_context_create`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_graph_version(ctx: *const moe_hot_context) -> u64 {
+    let mut version = 0;
+    guard(|| {
+        version = live!(ctx).context.as_ref().map_or(0, |c| c.graph_version());
+        MOE_HOT_OK
+    });
+    version
+}
+
+/// Whether `moe_hot_prompt_routed` should be told what a ubatch of `n_tokens` tokens routes that does not take the hot
+/// path.
+///
+/// # Safety
+/// `ctx` is null or from `moe_hot_context_create`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_observes(ctx: *const moe_hot_context, n_tokens: u32) -> bool {
+    let mut observes = false;
+    guard(|| {
+        observes = live!(ctx).context.as_ref().is_some_and(|c| c.observes(n_tokens));
+        MOE_HOT_OK
+    });
+    observes
+}
+
 /// The slots of hot layer `layer`.
 ///
 /// # Safety
@@ -583,7 +614,7 @@ pub unsafe extern "C" fn moe_hot_get_slots(
         }
         let class = ctx.model.class_of(layer as usize);
         *out = moe_hot_slots {
-            n_slots: class.n_slots,
+            n_slots: class.capacity,
             n_matrices: class.memory.len() as u32,
             data: [ptr::null_mut(); 3],
             bytes: [0; 3],
@@ -594,7 +625,7 @@ pub unsafe extern "C" fn moe_hot_get_slots(
         for (i, m) in class.memory.iter().enumerate() {
             out.data[i] = m.ptr().cast();
             out.bytes[i] = m.capacity();
-            out.on_device = matches!(m, SlotMemory::Cuda(_));
+            out.on_device = matches!(**m, SlotMemory::Cuda(_));
         }
         for (out, address) in out.link.iter_mut().zip(ctx.model.link(layer as usize)) {
             *out = *address as *mut c_void;
@@ -782,13 +813,68 @@ pub unsafe extern "C" fn moe_hot_summary(ctx: *const moe_hot_context) -> *const 
     context_text(ctx, |c| format!("moe-hot: {}", c.stats()))
 }
 
-/// The counters in Prometheus' text format; otherwise as `moe_hot_status_text`.
+/// An answer to an HTTP client.
+#[repr(C)]
+pub struct moe_hot_response {
+    /// HTTP status.
+    pub status: i32,
+    /// Type of the body.
+    pub content_type: *const c_char,
+    /// Value of the header Content-Security-Policy; null: none.
+    pub security_policy: *const c_char,
+    /// The body, zero-terminated.
+    pub body: *const c_char,
+}
+
+/// Answers GET and POST /moe-hot, GET /moe-hot/ (a page), and gives the parts of GET /props (JSON) and of GET /metrics
+/// (Prometheus' text format), for all models of the process. `body`: `n_body` bytes. `writable`: whether changes are
+/// allowed. Valid until the next call on this thread. May be called from any thread at any time.
 ///
 /// # Safety
-/// `ctx` is null or from `moe_hot_context_create`.
+/// `method` and `path` are zero-terminated strings; `body` is null or has `n_body` bytes; `out` is null or valid for a
+/// write.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn moe_hot_prometheus(ctx: *const moe_hot_context) -> *const c_char {
-    context_text(ctx, |c| c.stats().prometheus())
+pub unsafe extern "C" fn moe_hot_http(
+    method: *const c_char,
+    path: *const c_char,
+    body: *const c_void,
+    n_body: usize,
+    writable: bool,
+    out: *mut moe_hot_response,
+) -> moe_hot_status {
+    guard(|| {
+        let out = deref!(out, as_mut);
+        let (method, path) = (text!(method), text!(path));
+        let body = body.cast::<u8>();
+        let body = if body.is_null() { &[] } else { elements!(body, n_body) };
+        let r = view::request(method, path, body, writable);
+        RESPONSE.with_borrow_mut(|held| {
+            *held = [r.content_type, r.security_policy.unwrap_or_default(), &r.body].map(c_text);
+            *out = moe_hot_response {
+                status: r.status.into(),
+                content_type: held[0].as_ptr(),
+                security_policy: if r.security_policy.is_some() { held[1].as_ptr() } else { ptr::null() },
+                body: held[2].as_ptr(),
+            };
+        });
+        MOE_HOT_OK
+    })
+}
+
+/// The device with PCI address `device` has no memory for `bytes` bytes: slots there are given back, at once. Whether that
+/// was possible, and it is worth another try. Not while a step of the calling thread runs.
+///
+/// # Safety
+/// `device` is null or a zero-terminated string.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_give_back(device: *const c_char, bytes: usize) -> bool {
+    let mut given = false;
+    guard(|| {
+        let device = text!(device);
+        given = registry::visit(|models| models.iter().any(|m| m.give_back(device, bytes as u64)));
+        MOE_HOT_OK
+    });
+    given
 }
 
 /// The DISPATCH node (`ggml_custom_op_t`): sources activations `[n_embd, 1, n_tokens]` f32 and selected

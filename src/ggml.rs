@@ -7,3 +7,19 @@
 #![allow(clippy::all, clippy::pedantic)]
 
 include!(concat!(env!("OUT_DIR"), "/ggml.rs"));
+
+/// The name of a type as ggml's tools print it.
+pub fn type_name(ty: i32) -> &'static str {
+    TYPE_NAMES.iter().find(|(t, _)| *t == ty).map_or("?", |(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_have_the_names_of_ggmls_tools() {
+        let names = [GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_IQ4_XS, GGML_TYPE_MXFP4, 9999];
+        assert_eq!(names.map(|t| type_name(t as i32)), ["q4_0", "q4_K", "iq4_xs", "mxfp4", "?"]);
+    }
+}

@@ -8,6 +8,7 @@
 #![warn(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod budget;
 pub mod cold;
 pub mod config;
 pub mod context;
@@ -20,9 +21,12 @@ pub mod ggml;
 pub mod handles;
 #[cfg(feature = "cli")]
 pub mod heatmap;
+pub mod judge;
 pub mod lanes;
 pub mod log;
 pub mod mailbox;
+#[cfg(feature = "cli")]
+pub mod measure;
 pub mod model;
 pub mod planner;
 #[cfg(feature = "cli")]
@@ -37,4 +41,5 @@ pub mod trace;
 pub mod transfer;
 pub mod usage;
 pub mod verify;
+pub mod view;
 pub mod warm;

@@ -5,8 +5,10 @@
 //! that passes its predicate and reports those that do not. *Activation* then groups the layers into
 //! classes, allocates the slots and says what was requested and what is active.
 
+pub mod state;
+
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicI32, AtomicU64, Ordering},
@@ -17,23 +19,25 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
+    budget::{self, Budget, Seen},
     cold::{
         Engine, Layer, Matrix, WorkerPool,
         placement::Placement,
         probe::{self, Reading},
     },
-    config::{Config, Kernels},
+    config::{AutoOff, Config, Kernels},
     device::{Device, SlotMemory, cuda, host},
     fault,
+    judge::Verdict,
     lanes::{self, Lanes, assumed_rate},
     log::{Level, log},
     planner::{ClassPolicy, Observed, Phase, Planner, Request},
-    policy::{self, Key, Limits, PoolShape, Routed, Swap},
+    policy::{self, Key, Limits, PolicySpec, PoolShape, Routed, Swap},
     profile::hash_routers,
     slots::{Action, SlotTable, Stamp},
     telemetry::Stats,
     trace::{TraceError, TraceHeader, TraceLayer, TraceWriter},
-    transfer::{Copier, HostCopier, Move, Order, Pace, Report, Transfer},
+    transfer::{Copier, HostCopier, Move, Order, Pace, Report, Resize, Transfer},
     usage::StepUsage,
     warm::{self, Heat, Keeper, Subject},
 };
@@ -42,9 +46,6 @@ use crate::{
 /// it is used.
 const SLOTS_PER_USED: u32 = 3;
 
-/// VRAM that stays free beside the slots, in bytes: what llama.cpp and the driver allocate later. Too
-/// many slots slow everything down, too few a little.
-const VRAM_MARGIN: usize = 512 << 20;
 /// When an allocation fails although there seemed to be room, the next try asks for this share.
 const SHRINK: f64 = 0.9;
 /// How often the progress of registering host memory is told, and from how many bytes on before they are
@@ -53,6 +54,19 @@ const TELL_EVERY: Duration = Duration::from_secs(2);
 const LONG_BYTES: usize = 8 << 30;
 /// How long copies under way are waited for before slots are verified.
 const COPIES_END: Duration = Duration::from_secs(2);
+const MIB: f64 = (1 << 20) as f64;
+/// How often it is looked whether the slots have the memory that they should.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Swaps that are kept to be looked at.
+const LAST_SWAPS: usize = 32;
+/// Nobody has looked for so long: nobody does any more.
+const WATCHED: Duration = Duration::from_secs(10);
+/// Tokens after which a use counts half for who looks.
+const WATCH_HALF_LIFE: f32 = 64.0;
+/// After a change, so many looks are left out.
+const SETTLE: u32 = 4;
+/// How long who asks for another size waits for it.
+const RESIZED: Duration = Duration::from_secs(2);
 
 /// Types, shapes and bytes that experts must share to share slots. Gate and up may be merged, hence a list.
 type ClassKey = Vec<(i32, usize, usize, usize)>;
@@ -90,14 +104,25 @@ pub struct Offer {
     pub max_tokens: u32,
 }
 
+/// How long a step took.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Took {
+    /// From its begin, plan included, to its end.
+    pub step: Duration,
+    /// JOIN worked or waited for cold experts.
+    pub join_wait: Duration,
+    /// Threads computed cold experts, summed over threads.
+    pub busy: Duration,
+}
+
 /// Slots for experts of equal types and shapes.
 pub struct Class {
     /// Layers in it, by their index among the wired layers; `Key::layer` counts these.
     pub layers: Vec<usize>,
-    /// Number of slots.
-    pub n_slots: u32,
+    /// Slots that there are addresses for: one for every expert.
+    pub capacity: u32,
     /// One memory a matrix, in the order gate, up, down: slot s at `s * expert_bytes`.
-    pub memory: Vec<SlotMemory>,
+    pub memory: Vec<Arc<SlotMemory>>,
     /// Bytes of one expert over all its matrices.
     pub expert_bytes: usize,
 }
@@ -113,13 +138,60 @@ pub struct Boundary {
     pub uploads: Duration,
 }
 
+/// How far the memory of a class has come.
+enum Sizing {
+    /// Its open slots have memory, and nobody else.
+    Settled,
+    /// Slots were closed, and may still be read.
+    Closing,
+    /// The copy thread changes it under this order, for so many open slots.
+    Changing { order: u64, open: usize },
+}
+
 struct ClassControl {
     table: SlotTable,
+    /// Slots that it should have.
+    wanted: usize,
+    sizing: Sizing,
+    /// A graph uses the slots as its weights, without asking where an expert is.
+    resident: bool,
+    hits: u64,
+    misses: u64,
     uses_since_plan: u64,
     /// Copies that have not been reported.
     copying: usize,
     /// Most of them at a time: what the plan wished for last may cost.
     max_copying: usize,
+}
+
+/// How much each expert is used: uses, halved every so many tokens.
+struct Watch {
+    uses: Vec<Vec<f32>>,
+    /// What a use counts by now, instead of making the others less.
+    worth: f32,
+    until: Instant,
+}
+
+impl Watch {
+    fn new(a: &Active) -> Self {
+        let uses = a.layers.iter().map(|l| vec![0.0; l.n_expert]).collect();
+        Watch { uses, worth: 1.0, until: Instant::now() + WATCHED }
+    }
+
+    fn observe(&mut self, usage: &StepUsage) {
+        for (uses, ids) in self.uses.iter_mut().zip(&usage.ids) {
+            ids.iter().for_each(|id| uses[usize::from(*id)] += self.worth);
+        }
+        self.worth *= (usage.n_tokens as f32 / WATCH_HALF_LIFE).exp2();
+        if self.worth > 1e20 {
+            self.uses.iter_mut().flatten().for_each(|u| *u /= self.worth);
+            self.worth = 1.0;
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        Instant::now() > self.until
+    }
 }
 
 /// All that changes at step boundaries.
@@ -138,8 +210,30 @@ struct Control {
     pace: Pace,
     trace: Option<TraceWriter>,
     stats: Stats,
+    /// Time of all steps.
+    step_time: Duration,
+    /// Tokens between two plans.
+    interval: u32,
+    /// The slots keep what they have, on request.
+    frozen: bool,
+    /// What the slots cost and bring, where that was found out.
+    verdict: Option<Verdict>,
+    /// Swaps of the last plans, the newest first.
+    last: VecDeque<(u64, usize, Swap)>,
+    /// How much each expert is used, while somebody looks.
+    watch: Option<Watch>,
+    /// What was said of a growth that did not succeed.
+    refused: Option<String>,
     // scratch
     reports: Vec<Report>,
+}
+
+/// Looks after the memory of the slots.
+struct Sizer {
+    budget: Budget,
+    since: Instant,
+    /// When to look next; never where a number of slots is taken at its word.
+    next: Option<Instant>,
 }
 
 struct Active {
@@ -147,6 +241,16 @@ struct Active {
     transfer: Transfer,
     workers: WorkerPool,
     device: Device,
+    /// Its PCI address, when it is a GPU.
+    pci: Option<String>,
+    /// What people call the model.
+    name: String,
+    /// Layers that take the stock graph, by reason, when the pool was made.
+    skipped: BTreeMap<String, Vec<i32>>,
+    /// Bytes of host memory that the device reads in place.
+    registered: usize,
+    /// Who decides, since it was changed last.
+    policy: Mutex<PolicySpec>,
     max_tokens: u32,
     layers: Arc<[Layer]>,
     /// Class of a layer and its index there.
@@ -162,6 +266,7 @@ struct Active {
     /// Counts changes of `maps`.
     map_version: AtomicU64,
     control: Mutex<Control>,
+    sizer: Mutex<Sizer>,
     planner: Planner,
     status: String,
 }
@@ -240,11 +345,11 @@ impl Model {
     }
 
     fn build(&self, n_threads: usize, name: &str) -> Option<Active> {
-        let k = self.config.k;
+        let requested = self.config.requested();
         let mut offers = self.offers.lock();
         let pci = keep_one_device(&mut offers);
         let not_active = |why: &str| {
-            log!(Level::Warn, "moe-hot: requested K = {k}, not active: {why}");
+            log!(Level::Warn, "moe-hot: requested {requested}, not active: {why}");
             for (reason, layers) in &offers.skipped {
                 log!(Level::Warn, "moe-hot: layers {} take the stock graph: {reason}", ranges(layers));
             }
@@ -293,35 +398,50 @@ impl Model {
             }
             let n_expert = members.iter().map(|&l| layers[l].n_expert).max().unwrap_or(0) as u32;
             let n_used = members.iter().map(|&l| layers[l].n_used).max().unwrap_or(0) as u32;
-            if k > n_expert {
+            if let Some(k) = self.config.k.filter(|k| *k > n_expert) {
                 note(format!(
                     "moe-hot: K = {k} is more than the {n_expert} experts of a layer, using {n_expert}"
                 ));
             }
-            let per_layer = k.min(n_expert);
-            if per_layer < SLOTS_PER_USED * n_used && per_layer < n_expert {
+            let per_layer = self.config.slots_of(n_expert);
+            let shape = PoolShape {
+                n_layers: members.len() as u16,
+                n_expert: n_expert as u16,
+                n_used: n_used as u16,
+                // no more than there are experts, where layers have different numbers of them
+                n_slots: members
+                    .iter()
+                    .map(|l| layers[*l].n_expert as u32)
+                    .sum::<u32>()
+                    .min(per_layer * members.len() as u32),
+                expert_bytes: first.expert_bytes() as u64,
+            };
+            shapes.push((shape, members));
+        }
+        let allocated = match allocate(&self.config, &device, &layers, &mut shapes) {
+            Ok(a) => a,
+            Err(why) => return not_active(&why),
+        };
+        for (shape, members) in &shapes {
+            let per_layer = shape.n_slots / members.len() as u32;
+            let n_used = u32::from(shape.n_used);
+            if per_layer < SLOTS_PER_USED * n_used && per_layer < u32::from(shape.n_expert) {
                 note(format!(
                     "moe-hot: K = {per_layer} is less than {SLOTS_PER_USED} x {n_used} experts a token: \
                      experts will leave before they are used again, this is unlikely to pay"
                 ));
             }
-            let shape = PoolShape {
-                n_layers: members.len() as u16,
-                n_expert: n_expert as u16,
-                n_used: n_used as u16,
-                n_slots: per_layer * members.len() as u32,
-                expert_bytes: first.expert_bytes() as u64,
-            };
-            shapes.push((shape, members));
         }
-        let memory = match allocate(&device, &layers, &mut shapes) {
-            Ok(m) => m,
-            Err(why) => return not_active(&why),
-        };
         let mut policies = Vec::new();
-        for ((shape, members), memory) in shapes.into_iter().zip(memory) {
+        for ((shape, members), memory) in shapes.into_iter().zip(allocated.memory) {
+            let capacity = members.iter().map(|l| layers[*l].n_expert as u32).sum();
             controls.push(ClassControl {
-                table: SlotTable::new(shape.n_slots),
+                table: SlotTable::new(capacity, shape.n_slots),
+                wanted: shape.n_slots as usize,
+                sizing: Sizing::Settled,
+                resident: false,
+                hits: 0,
+                misses: 0,
                 uses_since_plan: 0,
                 copying: 0,
                 max_copying: usize::MAX,
@@ -332,7 +452,7 @@ impl Model {
                 policy: policy::build(self.config.policy, shape),
             });
             let expert_bytes = shape.expert_bytes as usize;
-            classes.push(Class { layers: members, n_slots: shape.n_slots, memory, expert_bytes });
+            classes.push(Class { layers: members, capacity, memory, expert_bytes });
         }
         let (copier, registration) = match copier(&device, &layers) {
             Ok(c) => c,
@@ -365,7 +485,9 @@ impl Model {
             Ok(x) => x,
             Err(e) => return not_active(&format!("the system gives no thread: {e}")),
         };
-        let trace = match self.open_trace(&device, &layers, &place) {
+        let n_slots = controls.iter().map(|c| c.table.open()).sum::<usize>();
+        let trace_k = self.config.k.filter(|k| *k > 0).unwrap_or((n_slots / layers.len()) as u32);
+        let mut trace = match self.open_trace(&device, &layers, &place, trace_k) {
             Ok(t) => t,
             Err(e) => return not_active(&format!("--moe-hot-trace: {e}")),
         };
@@ -377,11 +499,9 @@ impl Model {
         let (profile, heat) = warm::load(&self.config, &subject).unzip();
         let keeper = Keeper::new(&self.config, subject, profile.as_ref());
 
-        let n_slots: u32 = classes.iter().map(|c| c.n_slots).sum();
-        let bytes: usize =
-            classes.iter().map(|c| c.memory.iter().map(SlotMemory::bytes).sum::<usize>()).sum();
+        let bytes: usize = classes.iter().map(Class::bytes).sum();
         let status = format!(
-            "moe-hot: requested K = {k}, active: {n_slots} slots for {} experts in {} ({:.2} MiB, {} class{}), \
+            "moe-hot: requested {requested}, active: {n_slots} slots for {} experts in {} ({:.2} MiB, {} class{}), \
              {} of {} MoE layers{}, policy {}, rebalance interval {} tokens, ubatches up to {} tokens, {} worker{}{}",
             layers.iter().map(|l| l.n_expert).sum::<usize>(),
             match &device {
@@ -419,6 +539,16 @@ impl Model {
             log!(Level::Warn, "moe-hot: layers {} take the stock graph: {reason}", ranges(layers));
         }
 
+        if let Some(trace) = &mut trace {
+            for (i, (class, control)) in classes.iter().zip(&controls).enumerate() {
+                // what a reader makes of K
+                let widest = class.layers.iter().map(|l| layers[*l].n_expert as u32).max().unwrap_or(0);
+                let told = trace_k.min(widest) * class.layers.len() as u32;
+                if control.table.open() != told as usize {
+                    trace.open(i as u16, control.table.open() as u32);
+                }
+            }
+        }
         let control = Control {
             clock: 0,
             running: BTreeMap::new(),
@@ -431,9 +561,24 @@ impl Model {
             pace: Pace::new(copy_rate),
             trace,
             stats: Stats::default(),
+            step_time: Duration::ZERO,
+            interval: self.config.rebalance_interval,
+            frozen: false,
+            verdict: None,
+            last: VecDeque::new(),
+            watch: None,
+            refused: None,
             reports: Vec::new(),
         };
+        let now = Instant::now();
+        let watches =
+            matches!(device, Device::Cuda(_)) || self.config.k.is_none() || fault::armed("vram").is_some();
         let active = Active {
+            pci,
+            name: name.into(),
+            skipped: offers.skipped.clone(),
+            registered: registration.as_ref().map_or(0, |r| r.bytes()),
+            policy: Mutex::new(self.config.policy),
             transfer,
             workers,
             device,
@@ -447,6 +592,11 @@ impl Model {
             reading,
             map_version: AtomicU64::new(1),
             control: Mutex::new(control),
+            sizer: Mutex::new(Sizer {
+                budget: Budget::new(allocated.most),
+                since: now,
+                next: watches.then_some(now),
+            }),
             planner: Planner::new(policies, keeper),
             status,
         };
@@ -500,6 +650,7 @@ impl Model {
         device: &Device,
         layers: &[Layer],
         place: &[(usize, u16)],
+        k: u32,
     ) -> Result<Option<TraceWriter>, TraceError> {
         let Some(path) = &self.config.trace else { return Ok(None) };
         let layer = |(l, place): (&Layer, &(usize, u16))| TraceLayer {
@@ -511,7 +662,7 @@ impl Model {
         };
         let header = TraceHeader {
             fingerprint: fingerprint(layers),
-            k: self.config.k,
+            k,
             uses_per_upload: device.uses_per_upload(),
             layers: layers.iter().zip(place).map(layer).collect(),
         };
@@ -549,12 +700,12 @@ impl Model {
 
     /// Slots of all classes.
     pub fn n_slots(&self) -> u32 {
-        self.pool().classes.iter().map(|c| c.n_slots).sum()
+        self.pool().control.lock().classes.iter().map(|c| c.table.open() as u32).sum()
     }
 
     /// Bytes of all slots.
     pub fn slot_bytes(&self) -> u64 {
-        self.pool().classes.iter().flat_map(|c| &c.memory).map(|m| m.bytes() as u64).sum()
+        self.pool().slot_bytes()
     }
 
     /// The slot of a layer's expert 0 when all experts of its class have theirs for good, one after the
@@ -564,11 +715,12 @@ impl Model {
         let (class, member) = a.place[layer];
         let n_expert = |l: &usize| a.layers[*l].n_expert;
         let layers = &a.classes[class].layers;
-        let n_keys: usize = layers.iter().map(n_expert).sum();
-        let control = a.control.lock();
-        if control.trace.is_some() || control.classes[class].table.resident() != n_keys {
+        let keys = policy::all_keys(layers.iter().map(n_expert));
+        let mut control = a.control.lock();
+        if control.trace.is_some() || !control.classes[class].table.holds(&keys) {
             return None;
         }
+        control.classes[class].resident = true;
         // as `fill` has placed them
         Some(layers[..usize::from(member)].iter().map(n_expert).sum())
     }
@@ -618,7 +770,21 @@ impl Model {
         &self.pool().maps[layer]
     }
 
-    /// Counters of swaps and plans; the rest is counted by contexts.
+    /// Whether contexts find out if slots pay.
+    pub(crate) fn judges(&self) -> bool {
+        match self.config.auto_off {
+            AutoOff::Auto => matches!(self.pool().device, Device::Cuda(_)),
+            AutoOff::On => true,
+            AutoOff::Off => false,
+        }
+    }
+
+    /// A context has found out whether slots pay.
+    pub(crate) fn judged(&self, verdict: Verdict) {
+        self.pool().control.lock().verdict = Some(verdict);
+    }
+
+    /// Counters over all contexts.
     pub fn stats(&self) -> Stats {
         self.pool().control.lock().stats
     }
@@ -636,10 +802,12 @@ impl Model {
         let a = self.pool();
         let mut c = a.control.lock();
         c.publish(a);
+        c.size(a);
         let start = Instant::now();
         let planned = c.apply_plan(a);
         // After a prompt at once, but not before another part of it: its experts cross the link, too.
-        if c.tokens_since_plan >= self.config.rebalance_interval || (hot && c.prompt_since_plan) {
+        let due = c.tokens_since_plan >= c.interval || (hot && c.prompt_since_plan);
+        if due && !c.frozen {
             c.request_plan(a);
         }
         let rebalance_us = start.elapsed().as_micros() as u64;
@@ -662,11 +830,43 @@ impl Model {
 
     /// The policies work, while the device computes.
     pub(crate) fn step_work(&self) {
-        self.pool().planner.work();
+        let a = self.pool();
+        a.planner.work();
+        a.look();
+    }
+
+    /// Gives the slots so many bytes, or what there is room for, and allows no more from now on. Waits for it for a while;
+    /// returns the bytes that they should have.
+    ///
+    /// # Errors
+    /// Says why there are no such slots.
+    pub fn resize(&self, bytes: u64) -> Result<u64, String> {
+        let a = self.pool();
+        let now = a.slot_bytes();
+        let free = a.device.free(now)?;
+        let room = (now + free).saturating_sub(budget::MARGIN);
+        if bytes > now && room < bytes.min(a.capacity_bytes()) {
+            return Err(format!(
+                "there is room for {} MiB of slots beside {} MiB that stay free",
+                room >> 20,
+                budget::MARGIN >> 20
+            ));
+        }
+        a.sizer.lock().budget.set_most(bytes);
+        let wanted = a.want(bytes);
+        a.finish_sizing(RESIZED);
+        Ok(wanted)
+    }
+
+    /// Somebody got no memory of the device with PCI address `pci`: gives `bytes` bytes of it back, at once. Whether that
+    /// was possible.
+    pub fn give_back(&self, pci: &str, bytes: u64) -> bool {
+        let Some(a) = self.active() else { return false };
+        a.pci.as_ref().is_some_and(|own| own.eq_ignore_ascii_case(pci)) && a.give_back(bytes)
     }
 
     /// The step of context `id` on the hot path has ended.
-    pub(crate) fn step_end(&self, id: u64, usage: &StepUsage) {
+    pub(crate) fn step_end(&self, id: u64, usage: &StepUsage, took: Took) {
         let a = self.pool();
         a.workers.step_end();
         let mut c = a.control.lock();
@@ -674,6 +874,7 @@ impl Model {
         if !usage.is_empty() {
             c.observe(a, Phase::Decode, usage);
         }
+        c.count(a, usage, took);
         c.publish(a);
         c.start_copies(a);
     }
@@ -706,7 +907,100 @@ impl Model {
     }
 }
 
+impl Class {
+    /// Bytes of its slots.
+    pub fn bytes(&self) -> usize {
+        self.memory.iter().map(|m| m.bytes()).sum()
+    }
+}
+
 impl Active {
+    fn slot_bytes(&self) -> u64 {
+        self.classes.iter().map(|c| c.bytes() as u64).sum()
+    }
+
+    /// Bytes of slots for all experts.
+    fn capacity_bytes(&self) -> u64 {
+        self.classes.iter().map(|c| u64::from(c.capacity) * c.expert_bytes as u64).sum()
+    }
+
+    /// Now and then, whether the slots have the memory that they should.
+    fn look(&self) {
+        let now = Instant::now();
+        let Some(mut sizer) = self.sizer.try_lock().filter(|s| s.next.is_some_and(|next| next <= now)) else {
+            return;
+        };
+        sizer.next = Some(now + LOOK_EVERY);
+        // without a number there is nothing to decide
+        let slots = self.slot_bytes();
+        let Ok(free) = self.device.free(slots) else { return };
+        let at = now - sizer.since;
+        let Some(bytes) = sizer.budget.observe(at, Seen { free, slots }) else { return };
+        // what was asked for has not come yet, or cannot
+        sizer.next = Some(now + LOOK_EVERY * SETTLE);
+        let will = self.want(bytes);
+        if will != slots {
+            let mib = |b: u64| b >> 20;
+            log!(
+                Level::Info,
+                "moe-hot: {} MiB are free beside {} MiB of slots, which get {} MiB from now on",
+                mib(free),
+                mib(slots),
+                mib(will)
+            );
+        }
+    }
+
+    /// Wishes for `bytes` bytes of slots, which each class gets its share of; the bytes that they will have.
+    fn want(&self, bytes: u64) -> u64 {
+        let share = bytes as f64 / self.capacity_bytes() as f64;
+        let mut c = self.control.lock();
+        let each = self.classes.iter().zip(&mut c.classes).map(|(class, control)| {
+            if !control.resident {
+                // a share that was made from slots gives those slots
+                let n = (f64::from(class.capacity) * share + 1e-6) as usize;
+                control.wanted = n.clamp(1, class.capacity as usize);
+            }
+            (control.wanted * class.expert_bytes) as u64
+        });
+        each.sum()
+    }
+
+    /// Waits for a change of size, up to `bound`. Steps that begin bring it on; where none runs, this does.
+    fn finish_sizing(&self, bound: Duration) {
+        let start = Instant::now();
+        while start.elapsed() < bound {
+            let mut c = self.control.lock();
+            if c.running.is_empty() {
+                c.publish(self);
+                c.size(self);
+            }
+            if c.classes.iter().all(|k| matches!(k.sizing, Sizing::Settled) && k.wanted == k.table.open()) {
+                return;
+            }
+            drop(c);
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    fn give_back(&self, bytes: u64) -> bool {
+        // a step of the caller's own would never end
+        if !self.control.lock().running.is_empty() {
+            return false;
+        }
+        let had = self.slot_bytes();
+        self.want(had.saturating_sub(bytes));
+        self.finish_sizing(RESIZED);
+        let has = self.slot_bytes();
+        log!(
+            Level::Warn,
+            "moe-hot: {} MiB more are needed on the device: the slots have {} MiB instead of {}",
+            bytes >> 20,
+            has >> 20,
+            had >> 20
+        );
+        has < had
+    }
     /// The experts that are there when decode begins: all of them in a class that has room for all, where there is
     /// nothing to decide; else the hottest of a profile.
     fn fill(&self, heat: Option<&Heat>) {
@@ -714,7 +1008,7 @@ impl Active {
         let Control { classes, trace, .. } = &mut *c;
         for (i, (class, control)) in self.classes.iter().zip(classes).enumerate() {
             let keys = policy::all_keys(class.layers.iter().map(|l| self.layers[*l].n_expert));
-            if keys.len() <= control.table.len() {
+            if keys.len() <= control.table.open() {
                 for (slot, key) in keys.into_iter().enumerate() {
                     control.table.assign(slot as u32, key, 0);
                 }
@@ -724,7 +1018,7 @@ impl Active {
                     heat[layer][usize::from(key.expert)] * self.layers[layer].n_used as f32
                 };
                 self.planner.warm(i, keys.iter().map(|k| (*k, uses(k))));
-                for (slot, key) in hottest(keys, control.table.len(), uses).into_iter().enumerate() {
+                for (slot, key) in hottest(keys, control.table.open(), uses).into_iter().enumerate() {
                     let slot = slot as u32;
                     control.table.assign(slot, key, 0);
                     if let Some(trace) = trace {
@@ -753,7 +1047,107 @@ impl Active {
 }
 
 impl Control {
+    /// The memory of the slots follows what was wished for, at a step boundary.
+    fn size(&mut self, a: &Active) {
+        let oldest = self.running.values().copied().min();
+        for (i, (class, control)) in a.classes.iter().zip(&mut self.classes).enumerate() {
+            let memory = |open: usize| {
+                let layer = &a.layers[class.layers[0]];
+                layer
+                    .matrices()
+                    .zip(&class.memory)
+                    .map(|(m, to)| (to.clone(), open * m.expert_bytes))
+                    .collect()
+            };
+            let open = control.table.open();
+            if control.wanted < open {
+                self.clock += 1;
+                control.table.set_open(control.wanted, self.clock, |key| {
+                    a.maps[class.layers[usize::from(key.layer)]].set(key.expert, -1);
+                    a.map_version.fetch_add(1, Ordering::Release);
+                    self.stats.evictions += 1;
+                });
+                if let Some(trace) = &mut self.trace {
+                    trace.open(i as u16, control.wanted as u32);
+                }
+                if matches!(control.sizing, Sizing::Settled) {
+                    control.sizing = Sizing::Closing;
+                }
+            }
+            let open = control.table.open();
+            let to = match control.sizing {
+                Sizing::Closing if control.table.closed(oldest) => open,
+                Sizing::Settled if control.wanted > open => control.wanted,
+                _ => continue,
+            };
+            let order = self.next_order;
+            self.next_order += 1;
+            control.sizing = Sizing::Changing { order, open: to };
+            a.transfer.resize(Resize { id: order, memory: memory(to) });
+        }
+    }
+
+    /// The copy thread has changed the memory of a class, or could not.
+    fn sized(&mut self, a: &Active, i: usize, open: usize, result: Result<Duration, String>) {
+        let control = &mut self.classes[i];
+        control.sizing = Sizing::Settled;
+        match result {
+            Ok(_) if open > control.table.open() && control.wanted >= open => {
+                control.table.set_open(open, self.clock, |_| unreachable!("slots only open"));
+                if let Some(trace) = &mut self.trace {
+                    trace.open(i as u16, open as u32);
+                }
+                self.refused = None;
+            }
+            // others were closed meanwhile, or more memory has come than is wanted by now
+            Ok(_) => {
+                if a.classes[i].bytes() > control.table.open() * a.classes[i].expert_bytes {
+                    control.sizing = Sizing::Closing;
+                }
+            }
+            Err(why) => {
+                control.wanted = control.table.open();
+                if self.refused.as_ref() != Some(&why) {
+                    log!(
+                        Level::Warn,
+                        "moe-hot: there is no memory for more slots, {} it is: {why}",
+                        control.wanted
+                    );
+                    self.refused = Some(why);
+                }
+            }
+        }
+    }
+
+    fn count(&mut self, a: &Active, usage: &StepUsage, took: Took) {
+        if usage.hits + usage.misses == 0 {
+            return;
+        }
+        let s = &mut self.stats;
+        s.steps += 1;
+        s.tokens += u64::from(usage.n_tokens);
+        s.hits += usage.hits;
+        s.misses += usage.misses;
+        s.linked += usage.linked;
+        s.join_wait_us += took.join_wait.as_micros() as u64;
+        s.worker_busy_us += took.busy.as_micros() as u64;
+        self.step_time += took.step;
+        for (class, control) in a.classes.iter().zip(&mut self.classes) {
+            for &layer in &class.layers {
+                let cold = u64::from(usage.cold[layer]);
+                control.misses += cold;
+                control.hits += usage.ids[layer].len() as u64 - cold;
+            }
+        }
+    }
+
     fn observe(&mut self, a: &Active, phase: Phase, usage: &StepUsage) {
+        if let Some(watch) = &mut self.watch {
+            watch.observe(usage);
+            if watch.is_over() {
+                self.watch = None;
+            }
+        }
         match phase {
             Phase::Decode => self.tokens_since_plan = self.tokens_since_plan.saturating_add(usage.n_tokens),
             Phase::Prompt => self.prompt_since_plan = true,
@@ -795,7 +1189,9 @@ impl Control {
         let plan = a.planner.take().expect("a plan was wished for");
         self.clock += 1;
         for (i, (class, control)) in a.classes.iter().zip(&mut self.classes).enumerate() {
-            for swap in &plan[i] {
+            let open = control.table.open();
+            // slots may have closed since the wish
+            for swap in plan[i].iter().filter(|s| (s.slot as usize) < open) {
                 if let Action::Retire { key } = control.table.assign(swap.slot, swap.admit, self.clock) {
                     a.maps[class.layers[usize::from(key.layer)]].set(key.expert, -1);
                     a.map_version.fetch_add(1, Ordering::Release);
@@ -804,8 +1200,10 @@ impl Control {
                 if let Some(trace) = &mut self.trace {
                     trace.swap(i as u16, swap);
                 }
+                self.last.push_front((self.stats.tokens, i, *swap));
             }
         }
+        self.last.truncate(LAST_SWAPS);
         self.stats.rebalances += 1;
         true
     }
@@ -838,7 +1236,18 @@ impl Control {
 
     fn publish(&mut self, a: &Active) {
         a.transfer.take_reports(&mut self.reports);
-        for report in self.reports.drain(..) {
+        let mut reports = std::mem::take(&mut self.reports);
+        for report in reports.drain(..) {
+            let changing = |k: &ClassControl| match k.sizing {
+                Sizing::Changing { order, open } if order == report.id => Some(open),
+                _ => None,
+            };
+            if let Some((i, open)) =
+                self.classes.iter().enumerate().find_map(|(i, k)| Some((i, changing(k)?)))
+            {
+                self.sized(a, i, open, report.result);
+                continue;
+            }
             let (class, slot) = self.orders.remove(&report.id).expect("each order is reported once");
             match &report.result {
                 Ok(took) => self.pace.observe(a.classes[class].expert_bytes, *took),
@@ -862,6 +1271,7 @@ impl Control {
                 self.stats.upload_bytes += c.expert_bytes as u64;
             }
         }
+        self.reports = reports;
     }
 }
 
@@ -985,55 +1395,77 @@ fn keep_one_device(offers: &mut Offers) -> Option<String> {
     Some(pci)
 }
 
-/// The memory of all classes, by matrix. On a device with too little, every class gets fewer slots, and
-/// that is said.
+/// The memory of the slots as it was allocated.
+struct Allocated {
+    /// Of all classes, by matrix.
+    memory: Vec<Vec<Arc<SlotMemory>>>,
+    /// Bytes of slots that the options allow.
+    most: u64,
+}
+
+/// Memory for the slots of all classes: as many as `shapes` say, or as the options and the device have room for, which
+/// they say then. On a device with too little, every class gets fewer slots, and that is said.
 fn allocate(
+    config: &Config,
     device: &Device,
     layers: &[Layer],
     shapes: &mut [(PoolShape, Vec<usize>)],
-) -> Result<Vec<Vec<SlotMemory>>, String> {
+) -> Result<Allocated, String> {
     let wanted: Vec<u32> = shapes.iter().map(|(s, _)| s.n_slots).collect();
     let bytes = |shapes: &[(PoolShape, Vec<usize>)]| -> u64 {
         shapes.iter().map(|(s, _)| u64::from(s.n_slots) * s.expert_bytes).sum()
     };
     let needed = bytes(shapes);
+    let most = config.vram.unwrap_or(u64::MAX).min(needed);
     let mib = |b: u64| b >> 20;
-    let mut share = 1.0;
-    if let Device::Cuda(d) = device {
-        let (free, _) = d.memory().map_err(|e| e.to_string())?;
-        let room = free.saturating_sub(VRAM_MARGIN) as u64;
-        if needed > room {
-            share = room as f64 / needed as f64;
-        }
-    }
+    // in host memory a number is taken at its word
+    let room = match device {
+        Device::Host if config.k.is_some() => None,
+        _ => Some(device.free(0)?.saturating_sub(budget::MARGIN)),
+    };
+    let mut share = room.unwrap_or(u64::MAX).min(most).min(needed) as f64 / needed as f64;
+    // K and MiB are promises, "as many as there is room for" is not
+    let short = config.k.is_some() && room.is_some_and(|room| room < most);
     loop {
-        for ((shape, _), wanted) in shapes.iter_mut().zip(&wanted) {
-            shape.n_slots = (f64::from(*wanted) * share) as u32;
+        for ((shape, members), wanted) in shapes.iter_mut().zip(&wanted) {
+            let n = (f64::from(*wanted) * share) as u32;
+            // a number of slots a layer, where there is one for each
+            let per_layer = n / members.len() as u32;
+            shape.n_slots = if share < 1.0 && per_layer > 0 { per_layer * members.len() as u32 } else { n };
         }
         if shapes.iter().any(|(s, _)| s.n_slots == 0) {
-            return Err(format!("there is no memory for slots: K needs {} MiB", mib(needed)));
+            return Err(format!(
+                "there is no memory for slots: one for each layer needs {:.1} MiB, there is room for {:.1} MiB",
+                shapes.iter().map(|(s, members)| members.len() as f64 * s.expert_bytes as f64).sum::<f64>()
+                    / MIB,
+                needed as f64 * share / MIB
+            ));
         }
         let memory: Result<Vec<Vec<_>>, String> = shapes
             .iter()
             .map(|(shape, members)| {
-                let matrices = layers[members[0]].matrices();
-                matrices.map(|m| SlotMemory::new(device, m.expert_bytes * shape.n_slots as usize)).collect()
+                let capacity: usize = members.iter().map(|l| layers[*l].n_expert).sum();
+                let new = |m: &Matrix| {
+                    let n_slots = shape.n_slots as usize;
+                    SlotMemory::new(device, m.expert_bytes * capacity, m.expert_bytes * n_slots).map(Arc::new)
+                };
+                layers[members[0]].matrices().map(new).collect()
             })
             .collect();
         match (memory, device) {
             (Ok(memory), _) => {
-                if share < 1.0 {
-                    let (n, of): (u32, u32) =
-                        (shapes.iter().map(|(s, _)| s.n_slots).sum(), wanted.iter().sum());
+                if short {
+                    let n: u32 = shapes.iter().map(|(s, _)| s.n_slots).sum();
+                    let of = (f64::from(wanted.iter().sum::<u32>()) * most as f64 / needed as f64) as u32;
                     log!(
                         Level::Warn,
                         "moe-hot: {of} slots need {} MiB, there is room for {n} ({} MiB; {} MiB stay free)",
-                        mib(needed),
+                        mib(most),
                         mib(bytes(shapes)),
-                        VRAM_MARGIN >> 20
+                        mib(budget::MARGIN)
                     );
                 }
-                return Ok(memory);
+                return Ok(Allocated { memory, most });
             }
             (Err(why), Device::Host) => return Err(format!("{why} for slots, {} MiB", mib(needed))),
             (Err(why), Device::Cuda(_)) => {
@@ -1047,7 +1479,7 @@ fn allocate(
 /// Bytes a ns that copies move over the link; 0 where there is none.
 fn measure(registration: Option<&cuda::Registration>, classes: &[Class]) -> Result<f64, cuda::CudaError> {
     // no slot is in use yet
-    let memory = classes.iter().flat_map(|c| &c.memory).find_map(|m| match m {
+    let memory = classes.iter().flat_map(|c| &c.memory).find_map(|m| match &**m {
         SlotMemory::Cuda(m) => Some(m),
         SlotMemory::Host(_) => None,
     });

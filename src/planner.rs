@@ -135,6 +135,33 @@ impl Planner {
         self.worker.lock().plan.take()
     }
 
+    /// Another policy for all classes: what it is to know it learns from now on. What was queued is for the one before.
+    pub fn replace(&self, build: impl Fn(PoolShape) -> Box<dyn Policy>, n_slots: &[usize]) {
+        self.work();
+        let mut worker = self.worker.lock();
+        for (class, n_slots) in worker.classes.iter_mut().zip(n_slots) {
+            class.shape.n_slots = *n_slots as u32;
+            class.policy = build(class.shape);
+        }
+        worker.told = false;
+    }
+
+    /// Whether all policies have found that swaps gain nothing.
+    pub fn gave_up(&self) -> bool {
+        self.worker.lock().classes.iter().all(|c| c.policy.gave_up())
+    }
+
+    /// Writes the profile of the run now; where it is.
+    ///
+    /// # Errors
+    /// Says that there is none, or why it cannot be written.
+    pub fn save_profile(&self) -> Result<String, String> {
+        self.work();
+        let keeper = &mut self.worker.lock().keeper;
+        let keeper = keeper.as_mut().ok_or("there is no --moe-hot-profile-out to save to")?;
+        keeper.save().map(|path| path.display().to_string())
+    }
+
     /// Time that the policies have worked, in us.
     pub fn worked_us(&self) -> u64 {
         self.worked_us.load(Ordering::Relaxed)

@@ -25,6 +25,8 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 use xxhash_rust::xxh64::Xxh64;
 
+use crate::fault;
+
 const FORMAT: &str = "moe-hot profile";
 const VERSION: u64 = 1;
 /// Most bytes of a file that is read. 94 layers of 512 experts need well under one million.
@@ -269,7 +271,7 @@ impl Profile {
             .permissions(permissions.clone())
             .tempfile_in(folder)
             .map_err(&io_error)?;
-        file.write_all(&bytes).map_err(&io_error)?;
+        fault::io("file").and_then(|()| file.write_all(&bytes)).map_err(&io_error)?;
         if target.exists() {
             // exactly, whatever the umask is
             file.as_file().set_permissions(permissions).map_err(&io_error)?;

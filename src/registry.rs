@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use crate::{
     config::Config,
@@ -46,15 +46,27 @@ pub fn attach(key: usize, config: Config) -> Arc<Model> {
             "moe-hot: this context shares the {slots} slots of its model with {n} other context{s}"
         );
         if *entry.model.config() != config {
-            let k = entry.model.config().k;
+            let requested = entry.model.config().requested();
             log!(
                 Level::Warn,
-                "moe-hot: the options have changed, but the model's slots are in use: K = {k} and all else stays"
+                "moe-hot: the options have changed, but the model's slots are in use: {requested} and all else stays"
             );
         }
     }
     entry.contexts += 1;
     entry.model.clone()
+}
+
+/// Held while somebody looks at models who is no context of theirs.
+static VISITED: RwLock<()> = RwLock::new(());
+
+/// Calls `f` with the models that have slots. None of them is freed meanwhile.
+pub fn visit<T>(f: impl FnOnce(&[Arc<Model>]) -> T) -> T {
+    let _visited = VISITED.read();
+    let models = MODELS.lock();
+    let active: Vec<_> = models.values().map(|e| &e.model).filter(|m| m.is_active()).cloned().collect();
+    drop(models);
+    f(&active)
 }
 
 /// A context of `model` at `key` is gone. By now there may be another model at that address.
@@ -67,6 +79,8 @@ pub fn detach(key: usize, model: &Arc<Model>) {
 /// The model at `key` is gone.
 pub fn forget(key: usize) {
     let entry = MODELS.lock().remove(&key);
+    // who visits it is done with it soon, and its weights are there until we return
+    drop(VISITED.write());
     // outside the lock: dropping a pool joins its threads
     drop(entry);
 }

@@ -27,6 +27,8 @@ pub struct Routing {
     pub steps: Vec<Step>,
     /// The swaps of the run that was recorded, with the number of steps before each.
     pub swaps: Vec<(usize, u16, Swap)>,
+    /// Changes of the run's pools: the number of steps before each, class, slots.
+    pub opens: Vec<(usize, u16, u32)>,
 }
 
 impl Routing {
@@ -35,11 +37,15 @@ impl Routing {
     /// # Errors
     /// Any [`TraceError`].
     pub fn read(reader: TraceReader) -> Result<Self, TraceError> {
-        let mut routing = Routing { header: reader.header().clone(), steps: Vec::new(), swaps: Vec::new() };
+        let header = reader.header().clone();
+        let mut routing = Routing { header, steps: Vec::new(), swaps: Vec::new(), opens: Vec::new() };
         for record in reader {
             match record? {
                 TraceRecord::Routed(step) => routing.steps.push(step),
                 TraceRecord::Swap { class, swap } => routing.swaps.push((routing.steps.len(), class, swap)),
+                TraceRecord::Open { class, n_slots } => {
+                    routing.opens.push((routing.steps.len(), class, n_slots))
+                }
             }
         }
         Ok(routing)
@@ -258,6 +264,18 @@ impl Pool {
         self.copying.append(&mut self.pending);
     }
 
+    /// The pool has `n_slots` slots from now on.
+    fn open(&mut self, n_slots: usize) {
+        let n_slots = n_slots.min(self.residence.hot.len());
+        for key in self.slots.drain(n_slots.min(self.slots.len())..).flatten() {
+            self.residence.set(key, false);
+        }
+        self.slots.resize(n_slots, None);
+        let open = |s: &Swap| (s.slot as usize) < n_slots;
+        self.pending.retain(open);
+        self.copying.retain(open);
+    }
+
     fn observe(&mut self, step: &Step) {
         let layers = &self.residence.layers;
         let (first, n) = (layers.first().copied().unwrap_or(0), layers.len());
@@ -325,7 +343,14 @@ pub fn replay_with(
     let mut out = Outcome::of(routing);
     let mut since_plan = 0;
     let mut prompt_since_plan = false;
+    // what the run did to its pools says nothing about pools of other sizes
+    let mut opens = routing.opens.iter().filter(|_| k == routing.header.k).peekable();
     for (at, step) in routing.steps.iter().enumerate() {
+        while let Some((_, class, n_slots)) = opens.next_if(|(before, ..)| *before <= at) {
+            if let Some(pool) = pools.get_mut(usize::from(*class)) {
+                pool.open(*n_slots as usize);
+            }
+        }
         let planning = since_plan >= interval || (prompt_since_plan && !step.prefill);
         for p in &mut pools {
             let class = p.class;
@@ -489,6 +514,7 @@ mod tests {
                 layers: (0..n_layers).map(layer).collect(),
             },
             steps: steps.into_iter().map(|ids| Step { n_tokens: 1, ids, ..Step::default() }).collect(),
+            opens: Vec::new(),
             swaps: vec![],
         }
     }

@@ -16,6 +16,9 @@
 //! An assignment may come while the slot is still retiring or being copied into: then the newer expert
 //! waits its turn, and what was copied for nothing is never published. The plan sees a slot as
 //! belonging to the expert that was assigned last, so plans do not depend on how fast copies are.
+//!
+//! A table can have fewer *open* slots than slots, the first ones: the others' memory may be given back. Closing a
+//! slot is a retirement that nothing follows; [`SlotTable::closed`] says when nobody can touch it any more.
 
 use crate::policy::Key;
 
@@ -27,6 +30,10 @@ enum Slot {
     Empty,
     Resident {
         key: Key,
+    },
+    /// Not in the map any more, and nothing follows; steps that began before `since` may still read it.
+    Closing {
+        since: Stamp,
     },
     /// Not in the map any more; steps that began before `since` may still read it.
     Retiring {
@@ -61,17 +68,20 @@ pub enum Action {
 #[derive(Debug)]
 pub struct SlotTable {
     slots: Vec<Slot>,
+    /// The first so many are open.
+    open: usize,
     /// Slots that wait for readers or for a copy, in the order of their assignment.
     retiring: Vec<u32>,
 }
 
 impl SlotTable {
-    /// `n` empty slots.
-    pub fn new(n: u32) -> Self {
-        SlotTable { slots: vec![Slot::Empty; n as usize], retiring: Vec::new() }
+    /// `n` empty slots, of which the first `open` are open.
+    pub fn new(n: u32, open: u32) -> Self {
+        assert!(open <= n, "{open} of {n} slots");
+        SlotTable { slots: vec![Slot::Empty; n as usize], open: open as usize, retiring: Vec::new() }
     }
 
-    /// Number of slots.
+    /// Number of slots, open or not.
     pub fn len(&self) -> usize {
         self.slots.len()
     }
@@ -81,10 +91,47 @@ impl SlotTable {
         self.slots.is_empty()
     }
 
-    /// The expert each slot belongs to as far as planning goes: the one assigned last.
+    /// Number of open slots.
+    pub fn open(&self) -> usize {
+        self.open
+    }
+
+    /// Opens slots, whose memory must be there, or closes some, at a step boundary at time `now`: the first `n` stay
+    /// open. Calls `retire` for each expert that has to leave the map.
+    pub fn set_open(&mut self, n: usize, now: Stamp, mut retire: impl FnMut(Key)) {
+        assert!(n <= self.slots.len(), "{n} of {} slots", self.slots.len());
+        for s in self.slots.iter_mut().take(self.open).skip(n) {
+            match *s {
+                Slot::Resident { key } => {
+                    retire(key);
+                    *s = Slot::Closing { since: now };
+                }
+                Slot::Retiring { since, .. } => *s = Slot::Closing { since },
+                Slot::Copying { key, .. } => *s = Slot::Copying { key, then: None },
+                Slot::Empty | Slot::Closing { .. } => {}
+            }
+        }
+        self.open = n;
+        self.retiring.retain(|slot| (*slot as usize) < n);
+    }
+
+    /// Whether nobody reads or writes the slots that are not open; `oldest` is the begin of the oldest running step.
+    pub fn closed(&mut self, oldest: Option<Stamp>) -> bool {
+        let mut closed = true;
+        for s in &mut self.slots[self.open..] {
+            match *s {
+                Slot::Closing { since } if oldest.is_none_or(|o| o > since) => *s = Slot::Empty,
+                Slot::Empty => {}
+                _ => closed = false,
+            }
+        }
+        closed
+    }
+
+    /// The expert each open slot belongs to as far as planning goes: the one assigned last.
     pub fn assigned(&self) -> impl Iterator<Item = Option<Key>> + '_ {
-        self.slots.iter().map(|s| match *s {
-            Slot::Empty => None,
+        self.slots[..self.open].iter().map(|s| match *s {
+            Slot::Empty | Slot::Closing { .. } => None,
             Slot::Resident { key } | Slot::Retiring { next: key, .. } => Some(key),
             Slot::Copying { key, then } => Some(then.unwrap_or(key)),
         })
@@ -95,10 +142,19 @@ impl SlotTable {
         self.slots.iter().filter(|s| matches!(s, Slot::Resident { .. })).count()
     }
 
-    /// Gives `slot` to `key`, at a step boundary at time `now`.
+    /// Whether slot after slot holds what `keys` say, and nothing else is there.
+    pub fn holds(&self, keys: &[Key]) -> bool {
+        let resident = |(s, key): (&Slot, &Key)| *s == Slot::Resident { key: *key };
+        self.open == keys.len() && self.slots[..self.open].iter().zip(keys).all(resident)
+    }
+
+    /// Gives the open slot `slot` to `key`, at a step boundary at time `now`.
     pub fn assign(&mut self, slot: u32, key: Key, now: Stamp) -> Action {
+        assert!((slot as usize) < self.open, "slot {slot} of {} open ones", self.open);
         let s = &mut self.slots[slot as usize];
         let (next, action) = match *s {
+            // opened again before its last readers were gone
+            Slot::Closing { since } => (Slot::Retiring { next: key, since }, Action::None),
             Slot::Empty => (Slot::Retiring { next: key, since: 0 }, Action::None),
             Slot::Resident { key: old } => {
                 (Slot::Retiring { next: key, since: now }, Action::Retire { key: old })
@@ -136,6 +192,7 @@ impl SlotTable {
         let Slot::Copying { key, then } = *s else {
             unreachable!("a copy was reported for a slot that was not being copied into: {s:?}");
         };
+        let open = (slot as usize) < self.open;
         match then {
             // nobody has ever read this slot since its last retirement
             Some(next) => {
@@ -143,10 +200,11 @@ impl SlotTable {
                 self.retiring.push(slot);
                 Action::None
             }
-            None if ok => {
+            None if ok && open => {
                 *s = Slot::Resident { key };
                 Action::Publish { key }
             }
+            // closed meanwhile, or nothing there
             None => {
                 *s = Slot::Empty;
                 Action::None
@@ -180,7 +238,7 @@ mod tests {
 
     #[test]
     fn a_swap_goes_through_its_three_states() {
-        let mut t = SlotTable::new(1);
+        let mut t = SlotTable::new(1, 1);
         assert_eq!(t.assign(0, key(1), 10), Action::None);
         assert_eq!(started(&mut t, Some(5)), [(0, key(1))], "an empty slot has no readers");
         assert_eq!(t.resident(), 0, "not readable before it is published");
@@ -195,7 +253,7 @@ mod tests {
 
     #[test]
     fn copies_over_the_limit_wait_in_the_order_of_their_assignment() {
-        let mut t = SlotTable::new(3);
+        let mut t = SlotTable::new(3, 3);
         for slot in [2, 0, 1] {
             t.assign(slot, key(slot as u16), 1);
         }
@@ -208,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_failed_copy_leaves_the_slot_empty() {
-        let mut t = SlotTable::new(1);
+        let mut t = SlotTable::new(1, 1);
         t.assign(0, key(1), 1);
         started(&mut t, None);
         assert_eq!(t.copied(0, false), Action::None);
@@ -217,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_newer_assignment_wins_over_one_in_flight() {
-        let mut t = SlotTable::new(1);
+        let mut t = SlotTable::new(1, 1);
         t.assign(0, key(1), 1);
         t.assign(0, key(2), 2);
         assert_eq!(started(&mut t, None), [(0, key(2))], "the first never started");
@@ -228,9 +286,45 @@ mod tests {
         assert_eq!(t.copied(0, true), Action::Publish { key: key(3) });
     }
 
+    #[test]
+    fn a_slot_is_closed_when_its_readers_and_its_copy_are_gone() {
+        let mut t = SlotTable::new(3, 3);
+        for slot in 0..3 {
+            t.assign(slot, key(slot as u16), 1);
+        }
+        started(&mut t, None);
+        assert_eq!(t.copied(0, true), Action::Publish { key: key(0) });
+        assert_eq!(t.copied(1, true), Action::Publish { key: key(1) });
+        let mut retired = Vec::new();
+        t.set_open(1, 5, |k| retired.push(k));
+        assert_eq!(retired, [key(1)]);
+        assert_eq!(t.assigned().collect::<Vec<_>>(), [Some(key(0))]);
+        assert!(!t.closed(Some(3)), "slot 1 may be read, slot 2 is being written");
+        assert_eq!(t.copied(2, true), Action::None, "closed meanwhile");
+        assert!(!t.closed(Some(3)), "slot 1 may be read");
+        assert!(t.closed(Some(6)));
+
+        t.set_open(3, 9, |_| unreachable!());
+        assert_eq!(t.assigned().collect::<Vec<_>>(), [Some(key(0)), None, None]);
+    }
+
+    #[test]
+    fn a_slot_that_opens_again_still_waits_for_its_readers() {
+        let mut t = SlotTable::new(1, 1);
+        t.assign(0, key(1), 1);
+        started(&mut t, None);
+        t.copied(0, true);
+        t.set_open(0, 5, |_| {});
+        t.set_open(1, 6, |_| {});
+        t.assign(0, key(2), 7);
+        assert_eq!(started(&mut t, Some(4)), []);
+        assert_eq!(started(&mut t, Some(6)), [(0, key(2))]);
+    }
+
     #[derive(Clone, Copy, Debug)]
     enum Op {
         Assign(u32, u16),
+        Open(usize),
         Begin,
         End,
         Start(usize),
@@ -243,6 +337,7 @@ mod tests {
             Just(Op::Begin),
             Just(Op::End),
             (0..3usize).prop_map(Op::Start),
+            (0..5usize).prop_map(Op::Open),
             any::<bool>().prop_map(Op::Copied),
         ]
     }
@@ -252,7 +347,7 @@ mod tests {
         /// can read a slot that is being written.
         #[test]
         fn readers_never_see_a_slot_being_written(ops in prop::collection::vec(op(), 1..200)) {
-            let mut t = SlotTable::new(4);
+            let mut t = SlotTable::new(4, 4);
             let mut now = 0;
             let mut map: HashMap<Key, u32> = HashMap::new();
             let mut content: [Option<Key>; 4] = [None; 4];
@@ -263,9 +358,18 @@ mod tests {
                 now += 1;
                 match op {
                     Op::Assign(slot, e) => {
-                        if t.assigned().any(|k| k == Some(key(e))) { continue; }
+                        if slot as usize >= t.open() || t.assigned().any(|k| k == Some(key(e))) { continue; }
                         if let Action::Retire { key } = t.assign(slot, key(e), now) {
                             prop_assert_eq!(map.remove(&key), Some(slot));
+                        }
+                    }
+                    Op::Open(n) => {
+                        let mut retired = Vec::new();
+                        t.set_open(n, now, |k| retired.push(k));
+                        for k in retired { prop_assert!(map.remove(&k).is_some_and(|s| s as usize >= n)); }
+                        if t.closed(steps.iter().map(|s| s.0).min()) {
+                            let read = |s: &(Stamp, Vec<u32>)| s.1.iter().any(|s| *s as usize >= n);
+                            prop_assert!(!steps.iter().any(read) && copying.iter().all(|c| (c.0 as usize) < n));
                         }
                     }
                     Op::Begin => steps.push((now, map.values().copied().collect())),

@@ -1,7 +1,7 @@
 //! Counters, how they are shown, and the log of single steps.
 
 use std::{
-    fmt::{self, Display, Formatter, Write as _},
+    fmt::{self, Display, Formatter},
     fs::File,
     io::{self, BufWriter, Write},
     path::Path,
@@ -76,41 +76,6 @@ impl Stats {
     /// Hits that each upload brought; 0 without uploads.
     pub fn hits_per_upload(&self) -> f64 {
         ratio(self.hits, self.uploads)
-    }
-
-    /// The counters in Prometheus' text format.
-    pub fn prometheus(&self) -> String {
-        let mut out = String::new();
-        let mut counter = |name: &str, help: &str, value: f64| {
-            let name = format!("llamacpp:moe_hot_{name}");
-            // writing to a string does not fail
-            let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}");
-        };
-        counter("tokens_total", "Tokens decoded on the hot path.", self.tokens as f64);
-        counter("hits_total", "Routed experts that had a slot.", self.hits as f64);
-        counter("misses_total", "Routed experts that had none.", self.misses as f64);
-        counter("linked_total", "Routed experts that were read over the link.", self.linked as f64);
-        counter("uploads_total", "Experts copied into a slot.", self.uploads as f64);
-        counter("upload_bytes_total", "Bytes copied into slots.", self.upload_bytes as f64);
-        counter("evictions_total", "Experts that lost their slot.", self.evictions as f64);
-        counter("copy_failures_total", "Copies into a slot that failed.", self.copy_failures as f64);
-        counter("rebalances_total", "Plans made.", self.rebalances as f64);
-        counter(
-            "rebalance_seconds_total",
-            "Time of plans on the decode thread.",
-            self.rebalance_us as f64 / 1e6,
-        );
-        counter(
-            "join_wait_seconds_total",
-            "Time JOIN worked or waited for cold experts.",
-            self.join_wait_us as f64 / 1e6,
-        );
-        counter(
-            "worker_busy_seconds_total",
-            "Time spent computing cold experts.",
-            self.worker_busy_us as f64 / 1e6,
-        );
-        out
     }
 }
 
@@ -225,18 +190,5 @@ mod tests {
         let expected =
             "step_us,tokens,hits,misses,copying,rebalance_us,join_wait_us\n7,1,0,3,0,0,0\n8,1,0,3,0,0,0\n";
         assert_eq!(text, expected);
-    }
-
-    #[test]
-    fn prometheus_text_has_help_type_and_value_for_each() {
-        let text = Stats { hits: 3, rebalance_us: 1500, ..Stats::default() }.prometheus();
-        assert!(text.contains("# TYPE llamacpp:moe_hot_hits_total counter\nllamacpp:moe_hot_hits_total 3\n"));
-        assert!(text.contains("llamacpp:moe_hot_rebalance_seconds_total 0.0015\n"));
-        let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len() % 3, 0);
-        for l in lines.chunks(3) {
-            let name = l[2].split(' ').next().unwrap();
-            assert!(l[0].starts_with(&format!("# HELP {name} ")) && l[1] == format!("# TYPE {name} counter"));
-        }
     }
 }

@@ -11,6 +11,7 @@
 //! record  = u8 1, ubatch                                  routing of one decoded ubatch
 //!         | u8 2, u16 class, u32 slot, key or none, key   a swap, planned after the record before
 //!         | u8 3, ubatch                                  routing of one ubatch of a prompt
+//!         | u8 4, u16 class, u32 slots                    the class has so many slots from now on
 //! ubatch  = u32 runs, runs x (u32 tokens, u32 sequence), layers x (u32 n, n x id)
 //! id      = u8 if n_expert <= 256, else u16
 //! key     = u16 layer of the class, u16 expert; none = ffff ffff
@@ -32,7 +33,10 @@ use std::{
 use flate2::read::MultiGzDecoder;
 use parking_lot::Mutex;
 
-use crate::policy::{Key, Routed, Swap};
+use crate::{
+    fault,
+    policy::{Key, Routed, Swap},
+};
 
 const MAGIC: [u8; 8] = *b"MOEHOTRT";
 const VERSION: u32 = 2;
@@ -55,6 +59,7 @@ const LAYER_BYTES: usize = 16;
 const DECODED: u8 = 1;
 const SWAP: u8 = 2;
 const PROMPT: u8 = 3;
+const OPEN_SLOTS: u8 = 4;
 const NONE: u32 = u32::MAX;
 
 /// Why a trace cannot be read or written. Names the file, and the offset where it matters.
@@ -178,6 +183,13 @@ pub enum TraceRecord {
         /// What it planned.
         swap: Swap,
     },
+    /// The pool of a class has another size from now on.
+    Open {
+        /// Slot class.
+        class: u16,
+        /// Its slots, all layers together.
+        n_slots: u32,
+    },
 }
 
 /// Traces that are being written. Options are the process's, so two models would share a file.
@@ -267,6 +279,13 @@ impl TraceWriter {
         put(&mut self.body, &[swap.slot, swap.evict.map_or(NONE, bits), bits(swap.admit)]);
     }
 
+    /// Adds that the pool of a class has another size.
+    pub fn open(&mut self, class: u16, n_slots: u32) {
+        self.body.push(OPEN_SLOTS);
+        self.body.extend(class.to_le_bytes());
+        put(&mut self.body, &[n_slots]);
+    }
+
     /// Writes what has been added so far.
     ///
     /// # Errors
@@ -278,7 +297,7 @@ impl TraceWriter {
         let mut block = (self.body.len() as u32).to_le_bytes().to_vec();
         block.extend(crc32fast::hash(&self.body).to_le_bytes());
         block.append(&mut self.body);
-        self.file.write_all(&block).map_err(io_error(&self.path))
+        fault::io("file").and_then(|()| self.file.write_all(&block)).map_err(io_error(&self.path))
     }
 }
 
@@ -481,6 +500,10 @@ impl<R: Read> TraceReader<R> {
                 let evict = (evict != NONE).then(|| key(evict));
                 Ok(TraceRecord::Swap { class, swap: Swap { slot, evict, admit } })
             }
+            OPEN_SLOTS => {
+                let class = u16::from_le_bytes(self.take()?);
+                Ok(TraceRecord::Open { class, n_slots: self.take_u32()? })
+            }
             _ => Err(self.damaged("a record is of no known kind")),
         }
     }
@@ -587,6 +610,7 @@ mod tests {
                     w.routed(*prefill, Routed { n_tokens: *n_tokens, sequences: &sequences, ids }).unwrap();
                 }
                 TraceRecord::Swap { class, swap } => w.swap(*class, swap),
+                TraceRecord::Open { class, n_slots } => w.open(*class, *n_slots),
             }
         }
         w.flush().unwrap();
@@ -720,7 +744,7 @@ mod tests {
             let begin = format!("t.trace: the block at offset {HEAD} is damaged: ");
             error.strip_prefix(&begin).unwrap_or_else(|| panic!("{error}")).to_string()
         };
-        assert_eq!(error(&[4]), "a record is of no known kind");
+        assert_eq!(error(&[5]), "a record is of no known kind");
         let u32s = |kind: u8, values: &[u32]| {
             let mut body = vec![kind];
             put(&mut body, values);

@@ -15,7 +15,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use crate::fault;
+use crate::{device::SlotMemory, fault};
 
 /// Bytes to move from one place to another.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +38,20 @@ pub struct Order {
     pub id: u64,
     /// One a matrix.
     pub moves: Vec<Move>,
+}
+
+/// Memory of slots that is to have other sizes.
+#[derive(Debug)]
+pub struct Resize {
+    /// Given back with the report.
+    pub id: u64,
+    /// Each with its bytes; nobody uses what goes.
+    pub memory: Vec<(Arc<SlotMemory>, usize)>,
+}
+
+enum Job {
+    Copy(Order),
+    Resize(Resize),
 }
 
 /// How an order ended.
@@ -101,7 +115,7 @@ impl Copier for HostCopier {
 
 /// The copy thread of a model.
 pub struct Transfer {
-    orders: Option<Sender<Order>>,
+    jobs: Option<Sender<Job>>,
     reports: Arc<Mutex<Vec<Report>>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -115,15 +129,25 @@ impl Transfer {
         let (tx, rx) = mpsc::channel();
         let reports = Arc::new(Mutex::new(Vec::new()));
         let out = reports.clone();
+        fault::io("thread")?;
         let thread =
             std::thread::Builder::new().name("moe-hot-copy".into()).spawn(move || run(&rx, &out, copier))?;
-        Ok(Transfer { orders: Some(tx), reports, thread: Some(thread) })
+        Ok(Transfer { jobs: Some(tx), reports, thread: Some(thread) })
     }
 
     /// Orders a copy. Always ends in exactly one report.
     pub fn order(&self, order: Order) {
-        let id = order.id;
-        let sent = self.orders.as_ref().is_some_and(|tx| tx.send(order).is_ok());
+        self.send(order.id, Job::Copy(order));
+    }
+
+    /// Orders other sizes: the driver may take its time for that, and decode does not wait. All of them or none; always
+    /// ends in exactly one report.
+    pub fn resize(&self, resize: Resize) {
+        self.send(resize.id, Job::Resize(resize));
+    }
+
+    fn send(&self, id: u64, job: Job) {
+        let sent = self.jobs.as_ref().is_some_and(|tx| tx.send(job).is_ok());
         if !sent {
             self.reports.lock().push(Report { id, result: Err("the copy thread is gone".into()) });
         }
@@ -137,7 +161,7 @@ impl Transfer {
 
 impl Drop for Transfer {
     fn drop(&mut self) {
-        self.orders = None;
+        self.jobs = None;
         if let Some(t) = self.thread.take() {
             // the thread catches what a copier throws
             let _ = t.join();
@@ -145,25 +169,47 @@ impl Drop for Transfer {
     }
 }
 
-fn run(orders: &Receiver<Order>, reports: &Mutex<Vec<Report>>, mut copier: impl Copier) {
-    for mut order in orders {
-        if fault::strikes("copy") {
-            reports.lock().push(Report { id: order.id, result: Err("a fault was injected".into()) });
-            continue;
-        }
-        if fault::strikes("torn") {
-            order.moves.iter_mut().for_each(|m| m.bytes /= 2);
-        }
+fn run(jobs: &Receiver<Job>, reports: &Mutex<Vec<Report>>, mut copier: impl Copier) {
+    for job in jobs {
         let start = Instant::now();
-        let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| copier.copy(&order)));
-        let result = copied.unwrap_or_else(|_| Err("the copy panicked".into()));
-        reports.lock().push(Report { id: order.id, result: result.map(|()| start.elapsed()) });
+        let (id, result) = match job {
+            Job::Copy(order) => (order.id, copy(order, &mut copier)),
+            Job::Resize(r) => (r.id, resize(&r.memory)),
+        };
+        reports.lock().push(Report { id, result: result.map(|()| start.elapsed()) });
     }
+}
+
+fn copy(mut order: Order, copier: &mut impl Copier) -> Result<(), String> {
+    fault::delay();
+    if fault::strikes("copy") {
+        return Err("a fault was injected".into());
+    }
+    if fault::strikes("torn") {
+        order.moves.iter_mut().for_each(|m| m.bytes /= 2);
+    }
+    let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| copier.copy(&order)));
+    copied.unwrap_or_else(|_| Err("the copy panicked".into()))
+}
+
+fn resize(memory: &[(Arc<SlotMemory>, usize)]) -> Result<(), String> {
+    let before: Vec<usize> = memory.iter().map(|(m, _)| m.bytes()).collect();
+    for (i, (m, bytes)) in memory.iter().enumerate() {
+        if let Err(why) = m.resize(*bytes) {
+            for ((m, _), bytes) in memory[..i].iter().zip(before) {
+                // what was there before is there: it only gets smaller again
+                let _ = m.resize(bytes);
+            }
+            return Err(why);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Device;
 
     fn reports_of(t: &Transfer, n: usize) -> Vec<Report> {
         let mut got = Vec::new();
@@ -172,6 +218,20 @@ mod tests {
             std::thread::yield_now();
         }
         got
+    }
+
+    #[test]
+    fn all_of_the_memory_grows_or_none_does() {
+        let memory = |reserved| Arc::new(SlotMemory::new(&Device::Host, reserved, 4096).unwrap());
+        let (large, small) = (memory(1 << 20), memory(8192));
+        let t = Transfer::new(HostCopier).unwrap();
+        let resize =
+            |id, bytes| t.resize(Resize { id, memory: vec![(large.clone(), bytes), (small.clone(), bytes)] });
+        resize(1, 8192);
+        resize(2, 16384);
+        let got: Vec<_> = reports_of(&t, 2).into_iter().map(|r| (r.id, r.result.is_ok())).collect();
+        assert_eq!(got, [(1, true), (2, false)], "the small one has addresses for two pages");
+        assert_eq!((large.bytes(), small.bytes()), (8192, 8192));
     }
 
     #[test]

@@ -9,6 +9,8 @@ pub struct StepUsage {
     pub sequences: Vec<u32>,
     /// `ids[layer]`: experts routed in that layer, tokens one after the other; every id, hit or miss.
     pub ids: Vec<Vec<u16>>,
+    /// `cold[layer]`: those of them that had no slot.
+    pub cold: Vec<u32>,
     /// Ids that had a slot.
     pub hits: u64,
     /// Ids that had none.
@@ -20,7 +22,7 @@ pub struct StepUsage {
 impl StepUsage {
     /// Empty usage over `n_layers` layers.
     pub fn new(n_layers: usize) -> Self {
-        StepUsage { ids: vec![Vec::new(); n_layers], ..Self::default() }
+        StepUsage { ids: vec![Vec::new(); n_layers], cold: vec![0; n_layers], ..Self::default() }
     }
 
     /// Whether any layer routed anything.
@@ -43,6 +45,7 @@ impl StepUsage {
         self.misses = 0;
         self.linked = 0;
         self.ids.iter_mut().for_each(Vec::clear);
+        self.cold.fill(0);
     }
 }
 

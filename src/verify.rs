@@ -204,7 +204,7 @@ mod tests {
             kernel: None,
             ahead: 0,
         };
-        let model = Model::new(Config { k, ..Config::default() });
+        let model = Model::new(Config { k: Some(k), ..Config::default() });
         for il in 0..n_layers {
             let layer = Layer {
                 il: il as i32,
@@ -223,7 +223,7 @@ mod tests {
     }
 
     fn flip(model: &Model, layer: usize, matrix: usize, at: usize) {
-        let SlotMemory::Host(memory) = &model.class_of(layer).memory[matrix] else { unreachable!() };
+        let SlotMemory::Host(memory) = &*model.class_of(layer).memory[matrix] else { unreachable!() };
         assert!(at < memory.bytes());
         // SAFETY: the byte is in the memory, and nobody else uses it now.
         unsafe { *memory.ptr().add(at) ^= 1 };

@@ -97,6 +97,19 @@ impl Keeper {
         }
     }
 
+    /// Writes the file now; where it is.
+    ///
+    /// # Errors
+    /// Names the file and says why it cannot be written.
+    pub fn save(&mut self) -> Result<&Path, String> {
+        if let Some(saving) = self.saving.take() {
+            saving.join().ok();
+        }
+        self.profile().save(&self.path).map_err(|e| e.to_string())?;
+        self.saved = self.tally.tokens();
+        Ok(&self.path)
+    }
+
     fn profile(&self) -> Profile {
         self.tally.profile(self.subject.model, &self.subject.name)
     }

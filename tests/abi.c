@@ -143,7 +143,17 @@ int main(void) {
     CHECK(moe_hot_max_tokens(ctx) == MAX_TOKENS);
     moe_hot_slots slots;
     CHECK(moe_hot_get_slots(ctx, 1, &slots) == MOE_HOT_INVALID_ARGUMENT);
-    CHECK(moe_hot_get_slots(ctx, 0, &slots) == MOE_HOT_OK && slots.n_slots == 6 && slots.n_matrices == 3);
+    CHECK(moe_hot_get_slots(ctx, 0, &slots) == MOE_HOT_OK && slots.n_slots == N_EXPERT && slots.n_matrices == 3); // addresses for all
+    moe_hot_stats counted;
+    CHECK(moe_hot_get_stats(ctx, &counted) == MOE_HOT_OK && counted.n_slots == 6);
+    moe_hot_response answer;
+    CHECK(moe_hot_http("GET", "/moe-hot", NULL, 0, false, &answer) == MOE_HOT_OK && answer.status == 200);
+    CHECK(strstr(answer.body, "\"slots\":6,") && answer.security_policy == NULL);
+    CHECK(moe_hot_http("POST", "/moe-hot", "{\"k\": 2}", 8, true, &answer) == MOE_HOT_OK && answer.status == 200);
+    CHECK(strstr(answer.body, "\"slots\":2,"));
+    CHECK(moe_hot_http("POST", "/moe-hot", "{\"k\": 6}", 8, true, &answer) == MOE_HOT_OK && answer.status == 200);
+    CHECK(moe_hot_http("GET", NULL, NULL, 0, false, &answer) == MOE_HOT_INVALID_ARGUMENT);
+    CHECK(!moe_hot_give_back("0000:01:00.0", 1));
     void * op = moe_hot_op_data(ctx, 0);
     CHECK(op != NULL && moe_hot_op_data(ctx, 1) == NULL);
 

@@ -236,6 +236,24 @@ fn probe_fits_the_constants_and_replay_takes_them() {
 }
 
 #[test]
+fn probe_measures_the_machine() {
+    let out = moe_hot(&["probe", "--json"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let machine: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let reads = machine["cpu_read"].as_array().unwrap();
+    let threads = |r: &serde_json::Value| r["threads"].as_u64().unwrap();
+    assert_eq!(threads(&reads[0]), 1);
+    assert_eq!(threads(reads.last().unwrap()), machine["cpus"].as_u64().unwrap());
+    assert!(reads.iter().all(|r| r["gb_s"].as_f64().unwrap() > 0.0), "{machine}");
+    // a GPU's figures, or why there are none
+    assert_eq!(machine["gpu"].is_null(), machine["no_gpu"].is_string(), "{machine}");
+    // what belongs to the constants needs a model
+    let out = moe_hot(&["probe", "--interval", "2"]);
+    let e = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(2) && e.contains("--bin") && e.contains("--model"), "{e}");
+}
+
+#[test]
 fn probe_says_why_it_cannot_measure() {
     let dir = tempfile::tempdir().unwrap();
     let bin = dir.path().to_str().unwrap();
@@ -301,7 +319,7 @@ fn bad_traces_and_values_are_named() {
     let end = bytes.len() - 5;
     assert_eq!(
         error_of(&moe_hot(&["replay", name])),
-        format!("moe-hot: error: {name}: truncated at offset {end}, in the block that begins at offset 56\n")
+        format!("moe-hot: error: {name}: truncated at offset {end}, in the block that begins at offset 72\n")
     );
     fs::write(&path, "GGUF").unwrap();
     assert_eq!(

@@ -8,8 +8,8 @@ use std::{path::PathBuf, sync::OnceLock};
 
 use moe_hot::{
     policy::{Key, PolicySpec},
-    replay::{self, Outcome, Routing, Scope, Step},
-    trace::{TraceHeader, TraceLayer, TraceReader},
+    replay::{self, Outcome, Routing, Scope},
+    trace::{Step, TraceHeader, TraceLayer, TraceReader},
 };
 
 /// The policy and the tokens between two plans that meet the bars.
@@ -188,6 +188,7 @@ fn made(n_layers: u16, n_expert: u16, n_steps: u32, ids: impl Fn(u16, u32) -> Ve
             .map(|t| Step { n_tokens: 1, ids: (0..n_layers).map(|l| ids(l, t)).collect(), ..Step::default() })
             .collect(),
         swaps: vec![],
+        opens: vec![],
     }
 }
 
@@ -259,6 +260,17 @@ fn routing_made_to_be_hard_costs_at_most_2_percent_more_than_no_swaps() {
         }
     }
     assert!(bytes(&traces[0].1, "lru", K) > 1.1, "which costs who does not care");
+}
+
+#[test]
+fn a_run_on_a_gpu_replays_swap_by_swap() {
+    // of the widened model on an H100: docs/policy.md
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("traces/machine/wide.trace.gz");
+    let run = TraceReader::open(&path).and_then(Routing::read).unwrap();
+    let mut planned = Vec::new();
+    replay::replay(&run, spec("decay"), run.header.k, 4, |at, class, swap| planned.push((at, class, *swap)));
+    assert!(run.swaps.len() > 5000, "{} swaps", run.swaps.len());
+    assert_eq!(planned, run.swaps);
 }
 
 #[test]

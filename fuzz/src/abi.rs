@@ -324,8 +324,8 @@ struct Pool {
 }
 
 impl Pool {
-    /// `(slots, resident_from)` of the class of each layer, with `k` slots a layer.
-    fn slots(&self, k: u32) -> Vec<(u32, Option<usize>)> {
+    /// `(addresses for slots, resident_from)` of the class of each layer, with the slots that `config` asks for.
+    fn slots(&self, config: &Config) -> Vec<(u32, Option<usize>)> {
         let class = |l: &Wired| {
             let w = &WEIGHTS[l.weights];
             (w.gate.len(), w.up.len(), w.down.len())
@@ -333,10 +333,10 @@ impl Pool {
         let of = |l: &Wired| {
             let members: Vec<&Wired> = self.layers.iter().filter(|m| class(m) == class(l)).collect();
             let widest = members.iter().map(|m| m.n_expert).max().unwrap_or(0);
-            let n_slots = (k as usize).min(widest) * members.len();
+            let n_slots = config.slots_of(widest as u32) as usize * members.len();
             let n_keys: usize = members.iter().map(|m| m.n_expert).sum();
             let before = members.iter().take_while(|m| m.weights != l.weights).map(|m| m.n_expert).sum();
-            (n_slots as u32, (n_keys <= n_slots).then_some(before))
+            (n_keys as u32, (n_keys <= n_slots).then_some(before))
         };
         self.layers.iter().map(of).collect()
     }
@@ -463,7 +463,7 @@ impl World {
         let Some(ctx) = self.live.get_mut(&handle) else { return };
         let (config, pool) = &self.pools[ctx.pool];
         if let Some(n_tokens) = ctx.begun.take() {
-            let slots = pool.slots(config.k);
+            let slots = pool.slots(config);
             let resident = pool.layers.iter().zip(slots).filter(|(_, s)| s.1.is_some());
             ctx.uses += n_tokens * resident.map(|(l, _)| l.n_used as u64).sum::<u64>();
         }
@@ -506,7 +506,7 @@ impl World {
                 let status = unsafe { moe_hot_enabled(place(out, &mut at)) };
                 expect(status, check(usable::<bool>(out)));
                 if usable::<bool>(out) {
-                    assert_eq!(at.contains(&true), self.config().unwrap().k > 0);
+                    assert_eq!(at.contains(&true), self.config().unwrap().enabled());
                 }
             }
             Call::SetLog { on } => {
@@ -615,7 +615,7 @@ impl World {
             Call::Texts { ctx } => {
                 let ctx = self.handle(ctx);
                 let active = self.live.get(&ctx).is_some_and(|c| c.active);
-                for text in [moe_hot_status_text, moe_hot_summary, moe_hot_prometheus] {
+                for text in [moe_hot_status_text, moe_hot_summary] {
                     // SAFETY: a handle.
                     let text = unsafe { text(handle(ctx)) };
                     assert_eq!(!text.is_null(), active);
@@ -639,6 +639,8 @@ impl World {
         // what would reach the file system or start hundreds of threads is one of a few values
         let among: &[&str] = match utf8(&name) {
             Some("moe-hot-profile" | "moe-hot-profile-out" | "moe-hot-trace") => &["", "/nowhere/file"],
+            // more than all experts here
+            Some("moe-hot-vram") => &["0", "1", "many"],
             Some("moe-hot-threads") => &["0", "1", "2", "auto", "-1", "513"],
             _ => &[],
         };
@@ -792,7 +794,8 @@ impl World {
         expect(status, check(name.is_some()));
         let (config, pool) = &mut self.pools[ctx.pool];
         if name.is_some() {
-            let can = config.k > 0 && !pool.layers.is_empty() && !pool.on_device && config.trace.is_none();
+            let can =
+                config.enabled() && !pool.layers.is_empty() && !pool.on_device && config.trace.is_none();
             ctx.active = *pool.active.get_or_insert(can);
         }
         assert_eq!(at.contains(&true), ctx.active);
@@ -807,7 +810,7 @@ impl World {
         expect(status, check(wired.is_some()));
         let Some(wired) = wired else { return };
         let (config, pool) = &self.pools[self.live[&ctx].pool];
-        let (n_slots, resident) = pool.slots(config.k)[layer as usize];
+        let (n_slots, resident) = pool.slots(config)[layer as usize];
         let [slots, _] = at;
         assert_eq!((slots.n_slots, slots.on_device), (n_slots, false));
         assert_eq!(slots.resident, resident.map_or(-1, |first| first as i32));

@@ -13,7 +13,7 @@ const PER_BYTE: usize = 256;
 const FIXED: usize = 64 << 10;
 
 /// The options, and the variable that stands for each.
-pub const OPTIONS: [(&str, &str); 10] = [
+pub const OPTIONS: [(&str, &str); 12] = [
     ("moe-hot-k", "LLAMA_ARG_MOE_HOT_K"),
     ("moe-hot-rebalance-interval", "LLAMA_ARG_MOE_HOT_REBALANCE_INTERVAL"),
     ("moe-hot-pp-bypass", "LLAMA_MOE_HOT_PP_BYPASS_N_TOKENS"),
@@ -24,6 +24,8 @@ pub const OPTIONS: [(&str, &str); 10] = [
     ("moe-hot-profile", "LLAMA_ARG_MOE_HOT_PROFILE"),
     ("moe-hot-profile-out", "LLAMA_ARG_MOE_HOT_PROFILE_OUT"),
     ("moe-hot-trace", "LLAMA_ARG_MOE_HOT_TRACE"),
+    ("moe-hot-vram", "LLAMA_ARG_MOE_HOT_VRAM"),
+    ("moe-hot-auto-off", "LLAMA_ARG_MOE_HOT_AUTO_OFF"),
 ];
 
 #[derive(Arbitrary, Debug)]

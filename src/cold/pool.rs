@@ -15,7 +15,10 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 use super::{engine::Engine, placement::run_on};
-use crate::log::{Level, log};
+use crate::{
+    fault,
+    log::{Level, log},
+};
 
 /// How long a worker spins without work after the last step ended. Sampling, tokenising and the
 /// server's own loop fit into it, so that decode finds its workers awake.
@@ -61,6 +64,7 @@ impl WorkerPool {
         for i in 0..n {
             let state = pool.state.clone();
             let cpus = cpus.map(<[usize]>::to_vec);
+            fault::io("thread")?;
             let thread = std::thread::Builder::new().name(format!("moe-hot-{i}"));
             pool.threads.push(thread.spawn(move || {
                 if let Some(cpus) = cpus

@@ -4,14 +4,14 @@
 //! equal stock llama.cpp bit for bit.
 
 use std::{
-    alloc::{Layout, alloc_zeroed, dealloc},
-    ptr::NonNull,
-    slice,
+    io, ptr, slice,
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 use crate::{
     cold::{ColdRow, EngineError},
     context::Context,
+    fault,
     ggml::ggml_tensor,
 };
 
@@ -22,13 +22,14 @@ use crate::{
 /// longer agree to the last bit (ggml-cpu/tiled/tiled.cpp, `ggml_tiled_min_batch`).
 pub const MAX_TOKENS: u32 = 7;
 
-/// Page size: ggml wants 32 bytes, huge pages and registration want pages.
-const ALIGN: usize = 4096;
+/// Memory is given back in pages. ggml wants 32 bytes, huge pages and registration want pages.
+const PAGE: usize = 4096;
 
-/// Zeroed memory of fixed address.
+/// A range of addresses of which the first part is used, zeroed when it comes.
 pub struct HostMemory {
-    ptr: NonNull<u8>,
-    layout: Layout,
+    ptr: *mut u8,
+    reserved: usize,
+    bytes: AtomicUsize,
 }
 
 // SAFETY: plain memory; who may touch which part when is the business of `slots`.
@@ -37,22 +38,65 @@ unsafe impl Send for HostMemory {}
 unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
-    /// `bytes` zeroed bytes, or `None` when there is no such memory.
-    pub fn new(bytes: usize) -> Option<Self> {
-        let layout = Layout::from_size_align(bytes.max(1), ALIGN).ok()?;
-        // SAFETY: the size is not zero.
-        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(HostMemory { ptr, layout })
+    /// Addresses for `reserved` bytes, of which `bytes` may be used.
+    ///
+    /// # Errors
+    /// Says why there are none.
+    pub fn new(reserved: usize, bytes: usize) -> Result<Self, String> {
+        let reserved = reserved.max(1).next_multiple_of(PAGE);
+        let (access, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        );
+        // SAFETY: a new mapping, in nobody's way.
+        let ptr = unsafe { libc::mmap(ptr::null_mut(), reserved, access, flags, -1, 0) };
+        if ptr == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error().to_string());
+        }
+        let memory = HostMemory { ptr: ptr.cast(), reserved, bytes: AtomicUsize::new(0) };
+        memory.resize(bytes)?;
+        Ok(memory)
+    }
+
+    /// Lets the first `bytes` bytes be used, and gives back what is behind them.
+    ///
+    /// # Errors
+    /// Says why not; nothing has changed then.
+    pub fn resize(&self, bytes: usize) -> Result<(), String> {
+        if bytes > self.reserved {
+            return Err(format!("{bytes} bytes are more than the {} that have addresses", self.reserved));
+        }
+        let before = self.bytes();
+        if bytes > before && fault::strikes_once("alloc") {
+            return Err("a fault was injected".into());
+        }
+        let from = bytes.next_multiple_of(PAGE);
+        if before > from {
+            // SAFETY: our own mapping, and nobody uses this part of it any more (the caller's promise). Pages that are
+            // used again are zero.
+            let status =
+                unsafe { libc::madvise(self.ptr.add(from).cast(), before - from, libc::MADV_DONTNEED) };
+            if status != 0 {
+                return Err(io::Error::last_os_error().to_string());
+            }
+        }
+        self.bytes.store(bytes, Ordering::Relaxed);
+        Ok(())
     }
 
     /// First byte.
     pub fn ptr(&self) -> *mut u8 {
-        self.ptr.as_ptr()
+        self.ptr
     }
 
-    /// Size in bytes.
+    /// Bytes that have addresses.
+    pub fn capacity(&self) -> usize {
+        self.reserved
+    }
+
+    /// Bytes that may be used.
     pub fn bytes(&self) -> usize {
-        self.layout.size()
+        self.bytes.load(Ordering::Relaxed)
     }
 
     /// Copies the bytes from `at` on to `out`, which ends within the memory; nobody writes to them meanwhile.
@@ -65,9 +109,23 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+        // SAFETY: mapped in `new` with this size; nobody uses it any more.
+        unsafe { libc::munmap(self.ptr.cast(), self.reserved) };
     }
+}
+
+/// Bytes of memory that the system could give without swapping.
+pub fn available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib: u64 = text
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))?
+        .trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse()
+        .ok()?;
+    Some(kib << 10)
 }
 
 /// `(ne, nb)` of a tensor as sizes.
@@ -108,10 +166,14 @@ pub unsafe fn dispatch(ctx: &Context, layer: usize, dst: &ggml_tensor) {
             }
         }
     }
+    usage.cold[layer] += cold.len() as u32;
     usage.misses += cold.len() as u64;
     usage.hits += (n_used * n_tokens - cold.len()) as u64;
     drop(usage);
     if !cold.is_empty() {
+        if let Some(ms) = fault::armed("slow") {
+            std::thread::sleep(std::time::Duration::from_millis(ms));
+        }
         // SAFETY: nodes run in order, so the request before was finished by its JOIN; the activations
         // are `n_tokens` rows of `n_embd`.
         unsafe {

@@ -5,6 +5,8 @@ pub mod host;
 
 use std::sync::Arc;
 
+use crate::fault;
+
 /// Where the slots of a model are.
 #[derive(Clone)]
 pub enum Device {
@@ -15,6 +17,22 @@ pub enum Device {
 }
 
 impl Device {
+    /// Bytes that are free there beside `slots` bytes of slots.
+    ///
+    /// # Errors
+    /// Says why that is not known.
+    pub fn free(&self, slots: u64) -> Result<u64, String> {
+        if let Some(mib) = fault::armed("vram") {
+            return Ok((mib << 20).saturating_sub(slots));
+        }
+        match self {
+            Device::Host => {
+                host::available().ok_or_else(|| "the system does not tell what memory is available".into())
+            }
+            Device::Cuda(d) => d.memory().map(|(free, _)| free as u64).map_err(|e| e.to_string()),
+        }
+    }
+
     /// Uses of experts for each one that a plan may upload.
     pub fn uses_per_upload(&self) -> u32 {
         match self {
@@ -28,7 +46,7 @@ impl Device {
     }
 }
 
-/// Memory of slots: fixed address, zeroed.
+/// Memory of slots: a range of addresses, of which the first part has memory, zeroed when it comes.
 pub enum SlotMemory {
     /// In host memory.
     Host(host::HostMemory),
@@ -36,19 +54,34 @@ pub enum SlotMemory {
     Cuda(cuda::VideoMemory),
 }
 
+impl std::fmt::Debug for SlotMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} of {} bytes at {:p}", self.bytes(), self.capacity(), self.ptr())
+    }
+}
+
 impl SlotMemory {
-    /// `bytes` bytes on `device`.
+    /// Addresses for `reserved` bytes on `device`, and memory for the first `bytes`.
     ///
     /// # Errors
     /// Says why there is no such memory.
-    pub fn new(device: &Device, bytes: usize) -> Result<Self, String> {
+    pub fn new(device: &Device, reserved: usize, bytes: usize) -> Result<Self, String> {
         match device {
-            Device::Host => {
-                host::HostMemory::new(bytes).map(SlotMemory::Host).ok_or_else(|| "there is no memory".into())
-            }
-            Device::Cuda(d) => {
-                cuda::VideoMemory::new(d.clone(), bytes).map(SlotMemory::Cuda).map_err(|e| e.to_string())
-            }
+            Device::Host => host::HostMemory::new(reserved, bytes).map(SlotMemory::Host),
+            Device::Cuda(d) => cuda::VideoMemory::new(d.clone(), reserved, bytes)
+                .map(SlotMemory::Cuda)
+                .map_err(|e| e.to_string()),
+        }
+    }
+
+    /// Gives memory back or adds some, so that the first `bytes` bytes have it. Nobody uses what goes.
+    ///
+    /// # Errors
+    /// Says why there is no such memory; nothing has changed then.
+    pub fn resize(&self, bytes: usize) -> Result<(), String> {
+        match self {
+            SlotMemory::Host(m) => m.resize(bytes),
+            SlotMemory::Cuda(m) => m.resize(bytes).map_err(|e| e.to_string()),
         }
     }
 
@@ -74,15 +107,15 @@ impl SlotMemory {
         }
     }
 
-    /// Bytes that may be used there.
+    /// Bytes that there are addresses for.
     pub fn capacity(&self) -> usize {
         match self {
-            SlotMemory::Host(m) => m.bytes(),
+            SlotMemory::Host(m) => m.capacity(),
             SlotMemory::Cuda(m) => m.capacity(),
         }
     }
 
-    /// Bytes of all slots.
+    /// Bytes that have memory.
     pub fn bytes(&self) -> usize {
         match self {
             SlotMemory::Host(m) => m.bytes(),

@@ -114,7 +114,14 @@ impl S3Fifo {
         if self.slots == slots {
             return;
         }
+        // the pool may have another size by now
+        self.shape.n_slots = slots.len() as u32;
         let mut left = false;
+        for gone in self.slots.drain(slots.len().min(self.slots.len())..).flatten() {
+            self.records[self.shape.index(gone)] = Record { place: Place::Out, uses: 0, ghost: 0 };
+            left = true;
+        }
+        self.slots.resize(slots.len(), None);
         for (was, is) in self.slots.iter().zip(slots) {
             if let Some(key) = was.filter(|_| was != is) {
                 self.records[self.shape.index(key)] = Record { place: Place::Out, uses: 0, ghost: 0 };

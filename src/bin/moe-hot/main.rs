@@ -1,6 +1,7 @@
 //! The `moe-hot` command: what recorded routing (`--moe-hot-trace` of the patched tools) and this machine
 //! say about policies and budgets. One file a command.
 
+mod constants;
 mod parallel;
 mod probe;
 mod replay;
@@ -26,8 +27,8 @@ struct Cli {
 enum Command {
     /// Run policies over recorded routing, with the optimum and the best fixed set beside them.
     Replay(replay::Args),
-    /// Measure what cold experts and uploads cost on this machine, for replay --cost.
-    Probe(probe::Args),
+    /// Measure this machine's memory, link and GPU; with -m what cold experts and uploads cost, for replay --cost.
+    Probe(Box<probe::Args>),
     /// Draw which experts were used, as a PNG.
     Heatmap {
         /// A routing trace.

@@ -34,7 +34,7 @@ pub struct Args {
     /// slots in VRAM and 64 in host memory].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     uses_per_upload: Option<u32>,
-    /// What steps cost on a machine, by moe-hot probe: predicts tokens a second.
+    /// What steps cost on a machine, by moe-hot probe -m: predicts tokens a second.
     #[arg(long, value_name = "FILE")]
     cost: Option<PathBuf>,
     /// Comma-separated values instead of a table.

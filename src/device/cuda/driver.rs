@@ -1,7 +1,7 @@
 //! The driver, one device of it, and the kernels.
 
 use std::{
-    ffi::{CStr, CString, c_int, c_void},
+    ffi::{CStr, CString, c_char, c_int, c_void},
     fmt::{self, Display, Formatter},
     ptr,
     sync::{Arc, OnceLock},
@@ -162,6 +162,19 @@ impl Device {
         Ok(Arc::new(device))
     }
 
+    /// The first device that the driver shows.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn first() -> Result<Arc<Self>, CudaError> {
+        init()?;
+        let mut pci: [c_char; 32] = [0; 32];
+        cu!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), pci.len() as c_int, 0))?;
+        // SAFETY: the driver ends it with a zero.
+        let pci = unsafe { CStr::from_ptr(pci.as_ptr()) };
+        Device::open(pci.to_str().unwrap_or_default())
+    }
+
     /// Makes the context current on the calling thread.
     ///
     /// # Errors
@@ -180,6 +193,26 @@ impl Device {
         Ok(value)
     }
 
+    /// Its name, as the driver has it.
+    ///
+    /// # Errors
+    /// As the driver says.
+    pub fn name(&self) -> Result<String, CudaError> {
+        let mut name: [c_char; 128] = [0; 128];
+        cu!(cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, self.handle))?;
+        // SAFETY: the driver ends it with a zero.
+        Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
+    }
+
+    /// How many blocks run at once, at least.
+    ///
+    /// # Errors
+    /// As the driver says.
+    pub fn n_multiprocessors(&self) -> Result<u32, CudaError> {
+        let n = self.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        Ok(n.unsigned_abs())
+    }
+
     /// Free and total bytes of device memory.
     ///
     /// # Errors
@@ -188,7 +221,7 @@ impl Device {
         self.bind()?;
         let (mut free, mut total) = (0, 0);
         cu!(cuMemGetInfo_v2(&mut free, &mut total))?;
-        Ok((fault::armed("vram").map_or(free, |mib| (mib as usize) << 20), total))
+        Ok((free, total))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{ffi::c_void, ptr, sync::Arc, time::Instant};
 
 use cudarc::driver::sys::{self, CUdeviceptr, CUmemAccessDesc, CUmemAllocationProp, CUresult};
+use parking_lot::Mutex;
 
 use super::driver::{CudaError, Device, Stream, check, cu};
 use crate::fault;
@@ -13,26 +14,47 @@ const TAIL: usize = 4096;
 /// Bytes of a copy that the link is measured with.
 const MEASURED_BYTES: usize = 32 << 20;
 
-/// Device memory in a reserved range of addresses: what is mapped there can change, the addresses cannot.
+/// Memory is mapped in chunks of a 64th of the range, within these bounds: small enough to be given back bit by bit, and
+/// not thousands of them.
+const MOST_CHUNKS: usize = 64;
+const LARGEST_CHUNK: usize = 64 << 20;
+
+/// Device memory in a reserved range of addresses: what is mapped there changes, the addresses do not.
+///
+/// The end of the range always has memory, although the slots before it may have none: ggml clears what lies behind a
+/// tensor.
 pub struct VideoMemory {
     device: Arc<Device>,
     address: CUdeviceptr,
     reserved: usize,
-    mapped: usize,
-    chunks: Vec<(sys::CUmemGenericAllocationHandle, usize)>,
+    granularity: usize,
+    mapped: Mutex<Mapped>,
+}
+
+#[derive(Default)]
+struct Mapped {
+    /// From the start on, one behind the other.
+    chunks: Vec<Chunk>,
+    /// At the end, once there.
+    end: Option<Chunk>,
+    /// Bytes that were asked for.
     bytes: usize,
 }
 
+/// What one call of the driver has allocated and mapped.
+struct Chunk {
+    handle: sys::CUmemGenericAllocationHandle,
+    at: usize,
+    size: usize,
+}
+
 impl VideoMemory {
-    /// `bytes` zeroed bytes.
+    /// Addresses for `capacity` bytes, and zeroed memory for the first `bytes`.
     ///
     /// # Errors
     /// The driver's, above all when there is no memory; nothing stays allocated then.
-    pub fn new(device: Arc<Device>, bytes: usize) -> Result<Self, CudaError> {
+    pub fn new(device: Arc<Device>, capacity: usize, bytes: usize) -> Result<Self, CudaError> {
         device.bind()?;
-        if fault::strikes_once("alloc") {
-            check("cuMemCreate", CUresult::CUDA_ERROR_OUT_OF_MEMORY)?;
-        }
         let properties = properties(&device);
         let mut granularity = 0;
         cu!(cuMemGetAllocationGranularity(
@@ -40,34 +62,90 @@ impl VideoMemory {
             &properties,
             sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM
         ))?;
-        let reserved = (bytes + TAIL).next_multiple_of(granularity);
+        let reserved = (capacity + TAIL).next_multiple_of(granularity);
         let mut address = 0;
         cu!(cuMemAddressReserve(&mut address, reserved, 0, 0, 0))?;
         // from here on `drop` gives back what there is
-        let mut memory = VideoMemory { device, address, reserved, mapped: 0, chunks: Vec::new(), bytes };
-        memory.grow(reserved)?;
-        cu!(cuMemsetD8_v2(address, 0, reserved))?;
+        let memory = VideoMemory { device, address, reserved, granularity, mapped: Mutex::default() };
+        let end = memory.end_at(capacity);
+        memory.mapped.lock().end = Some(memory.map(end, reserved - end)?);
+        memory.resize(bytes)?;
         Ok(memory)
     }
 
-    /// Maps memory up to `to` bytes, in one chunk.
-    fn grow(&mut self, to: usize) -> Result<(), CudaError> {
-        let size = to - self.mapped;
+    /// Where the part begins that always has memory.
+    fn end_at(&self, capacity: usize) -> usize {
+        capacity / self.granularity * self.granularity
+    }
+
+    /// Gives memory back or adds some, so that the first `bytes` bytes have it.
+    ///
+    /// # Errors
+    /// As the driver says; nothing has changed then.
+    pub fn resize(&self, bytes: usize) -> Result<(), CudaError> {
+        self.device.bind()?;
+        let mapped = &mut *self.mapped.lock();
+        let end = mapped.end.as_ref().map_or(self.reserved, |e| e.at);
+        // a little behind the last slot, too: ggml may read there
+        let needed = (bytes + TAIL).next_multiple_of(self.granularity).min(end);
+        let had = mapped.chunks.len();
+        let mut to = mapped.chunks.last().map_or(0, |p| p.at + p.size);
+        if needed > to && fault::strikes_once("alloc") {
+            check("cuMemCreate", CUresult::CUDA_ERROR_OUT_OF_MEMORY)?;
+        }
+        let largest = (self.reserved / MOST_CHUNKS).clamp(self.granularity, LARGEST_CHUNK);
+        let largest = largest.next_multiple_of(self.granularity);
+        while to < needed {
+            let size = largest.min(needed - to);
+            match self.map(to, size) {
+                Ok(chunk) => mapped.chunks.push(chunk),
+                Err(e) => {
+                    mapped.chunks.drain(had..).for_each(|p| self.unmap(&p));
+                    return Err(e);
+                }
+            }
+            to += size;
+        }
+        while let Some(chunk) = mapped.chunks.pop_if(|c| c.at >= needed) {
+            self.unmap(&chunk);
+        }
+        mapped.bytes = bytes;
+        Ok(())
+    }
+
+    /// Maps `size` zeroed bytes at the offset `at`.
+    fn map(&self, at: usize, size: usize) -> Result<Chunk, CudaError> {
         let properties = properties(&self.device);
         let mut handle = 0;
         cu!(cuMemCreate(&mut handle, size, &properties, 0))?;
-        let at = self.address + self.mapped as u64;
-        if let Err(e) = cu!(cuMemMap(at, size, 0, handle, 0)) {
+        let address = self.address + at as u64;
+        if let Err(e) = cu!(cuMemMap(address, size, 0, handle, 0)) {
             let _ = cu!(cuMemRelease(handle));
             return Err(e);
         }
-        self.chunks.push((handle, size));
-        self.mapped += size;
+        let chunk = Chunk { handle, at, size };
         let access = CUmemAccessDesc {
             location: properties.location,
             flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
-        cu!(cuMemSetAccess(at, size, &access, 1))
+        // on a stream that waits for no other
+        let cleared = cu!(cuMemSetAccess(address, size, &access, 1)).and_then(|()| {
+            let stream = Stream::new(self.device.clone(), true)?;
+            cu!(cuMemsetD8Async(address, 0, size, stream.raw()))?;
+            stream.synchronize()
+        });
+        match cleared {
+            Ok(()) => Ok(chunk),
+            Err(e) => {
+                self.unmap(&chunk);
+                Err(e)
+            }
+        }
+    }
+
+    fn unmap(&self, chunk: &Chunk) {
+        let _ = cu!(cuMemUnmap(self.address + chunk.at as u64, chunk.size));
+        let _ = cu!(cuMemRelease(chunk.handle));
     }
 
     /// First byte, in the device's addresses.
@@ -75,14 +153,14 @@ impl VideoMemory {
         self.address as *mut u8
     }
 
-    /// Bytes that may be used behind [`VideoMemory::ptr`], tail included.
+    /// Bytes that have addresses behind [`VideoMemory::ptr`], tail included.
     pub fn capacity(&self) -> usize {
-        self.mapped
+        self.reserved
     }
 
     /// Bytes that were asked for.
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.mapped.lock().bytes
     }
 
     /// Copies the bytes from `at` on to `out`, which ends within the memory; nobody writes to them meanwhile. On a
@@ -91,7 +169,8 @@ impl VideoMemory {
     /// # Errors
     /// As the driver says.
     pub fn read(&self, at: usize, out: &mut [u8]) -> Result<(), CudaError> {
-        assert!(at + out.len() <= self.bytes, "{} bytes from {at} on of {}", out.len(), self.bytes);
+        let bytes = self.bytes();
+        assert!(at + out.len() <= bytes, "{} bytes from {at} on of {bytes}", out.len());
         let stream = Stream::new(self.device.clone(), true)?;
         let from = self.address + at as u64;
         cu!(cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, out.len(), stream.raw()))?;
@@ -104,12 +183,8 @@ impl Drop for VideoMemory {
         if self.device.bind().is_err() {
             return;
         }
-        let mut at = self.address;
-        for (handle, size) in self.chunks.drain(..) {
-            let _ = cu!(cuMemUnmap(at, size));
-            let _ = cu!(cuMemRelease(handle));
-            at += size as u64;
-        }
+        let Mapped { chunks, end, .. } = std::mem::take(self.mapped.get_mut());
+        chunks.iter().chain(&end).for_each(|p| self.unmap(p));
         let _ = cu!(cuMemAddressFree(self.address, self.reserved));
     }
 }

@@ -5,6 +5,8 @@
 
 mod copier;
 mod driver;
+#[cfg(feature = "cli")]
+pub mod measure;
 mod memory;
 mod node;
 mod port;

@@ -340,6 +340,7 @@ impl Port {
                     (true, true) => sample.on_link += 1,
                 }
             }
+            usage.cold[layer] += sample.on_cpu + sample.on_link;
             usage.misses += u64::from(sample.on_cpu + sample.on_link);
             usage.linked += u64::from(sample.on_link);
             waited += Duration::from_nanos(sample.wait_ns.into());

@@ -12,6 +12,7 @@ pub mod models;
 pub mod paths;
 pub mod replayed;
 pub mod schedule;
+pub mod server;
 
 #[allow(
     dead_code,

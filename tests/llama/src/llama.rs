@@ -181,6 +181,22 @@ impl Exclusive {
         unsafe { text(value) }.ok_or_else(|| self.error())
     }
 
+    /// What llama-server would answer: status and body.
+    pub fn http(&self, method: &str, path: &str, body: &str) -> (i32, String) {
+        let [method, path] = [method, path].map(|t| CString::new(t).expect("no zero bytes"));
+        // SAFETY: the strings live through the call; the answer is valid until the next one on this thread.
+        unsafe {
+            let r = self.api.llama_moe_hot_http(
+                method.as_ptr(),
+                path.as_ptr(),
+                body.as_ptr().cast(),
+                body.len(),
+                true,
+            );
+            (r.status, text(r.body).unwrap_or_default())
+        }
+    }
+
     fn error(&self) -> String {
         // SAFETY: as in `option`.
         unsafe { text(self.api.llama_moe_hot_error()) }.unwrap_or_default()

@@ -222,9 +222,11 @@ fn a_trace_that_cannot_be_written_is_said() {
 }
 
 /// Option, environment variable, refused value, what is allowed.
-const REFUSED: [(&str, &str, &str, &str); 12] = [
-    ("moe-hot-k", "LLAMA_ARG_MOE_HOT_K", "-3", "a number of slots per layer, 0 (off) or more"),
-    ("moe-hot-k", "LLAMA_ARG_MOE_HOT_K", "many", "a number of slots per layer, 0 (off) or more"),
+const REFUSED: [(&str, &str, &str, &str); 14] = [
+    ("moe-hot-vram", "LLAMA_ARG_MOE_HOT_VRAM", "4G", "a number of MiB from 1 to 16777216"),
+    ("moe-hot-auto-off", "LLAMA_ARG_MOE_HOT_AUTO_OFF", "no", "one of auto, on, off"),
+    ("moe-hot-k", "LLAMA_ARG_MOE_HOT_K", "-3", "auto or a number of slots per layer, 0 (off) or more"),
+    ("moe-hot-k", "LLAMA_ARG_MOE_HOT_K", "many", "auto or a number of slots per layer, 0 (off) or more"),
     (
         "moe-hot-rebalance-interval",
         "LLAMA_ARG_MOE_HOT_REBALANCE_INTERVAL",
@@ -264,9 +266,9 @@ fn refused_values_leave_the_option_as_it_was() {
     let message = llama.set("moe-hot-size", Some("1")).unwrap_err();
     assert_eq!(
         message,
-        "there is no option 'moe-hot-size', expected moe-hot-k, moe-hot-rebalance-interval, moe-hot-pp-bypass, \
+        "there is no option 'moe-hot-size', expected moe-hot-k, moe-hot-vram, moe-hot-rebalance-interval, moe-hot-pp-bypass, \
          moe-hot-policy, moe-hot-threads, moe-hot-link, moe-hot-kernels, moe-hot-profile, moe-hot-profile-out, \
-         moe-hot-trace"
+         moe-hot-trace, moe-hot-auto-off"
     );
 }
 

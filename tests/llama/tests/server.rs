@@ -7,31 +7,25 @@
 //! So independent clients are compared with what stock does to itself.
 
 use std::{
-    fs::File,
-    io::{BufRead, BufReader, Read},
-    net::TcpListener,
-    process::{Child, Command, ExitStatus, Stdio},
+    io::{BufRead, BufReader},
+    process::ExitStatus,
     sync::{
         atomic::{AtomicUsize, Ordering},
         mpsc::{self, Sender},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use llama_tests::{paths, replayed::assert_replays};
+use llama_tests::{
+    paths,
+    replayed::assert_replays,
+    server::{Answer, Request, Server, assert_no_crash, end},
+};
 use moe_hot::policy::PolicyKind;
-use serde_json::{Value, json};
-use tempfile::TempDir;
+use serde_json::json;
 
 const N_CLIENTS: usize = 4;
 const N_REQUESTS: usize = 200;
-/// A llama-server on the shipped model. Killed when dropped.
-struct Server {
-    child: Child,
-    port: u16,
-    dir: TempDir,
-}
-
 const K: u32 = 16;
 const INTERVAL: u32 = 4;
 /// Slots a layer and interval of the server under test.
@@ -41,205 +35,14 @@ const HOT: [(&str, &str); 3] = [
     ("LLAMA_ARG_MOE_HOT_THREADS", "1"),
 ];
 
-impl Server {
-    fn start(hot: bool) -> Server {
-        let tool = paths::tool("llama-server");
-        assert!(tool.is_file(), "{} is missing: run scripts/build first", tool.display());
-        let dir = tempfile::tempdir().expect("there is a folder for temporary files");
-        let log = File::create(dir.path().join("log")).expect("the log can be written");
-        // free a moment ago; nobody else on this machine is after it
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
-        let mut command = Command::new(tool);
-        command.arg("-m").arg(paths::shipped_model());
-        command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
-        // stock's experts stay as they are in the file, as those of the cache do
-        command.args(["--parallel", "4", "-c", "4096", "-t", "2", "--no-repack", "-lv", "4"]);
-        // a stream that is cut off ends at its next ping: 30 s later as stock has it
-        command.args(["--sse-ping-interval", "1"]);
-        for (name, _) in HOT {
-            command.env_remove(name);
-        }
-        // threads of ggml that wait give way: tests share the machine
-        command.env("OMP_WAIT_POLICY", "passive").envs(HOT.into_iter().filter(|_| hot));
-        if hot {
-            command.env("LLAMA_ARG_MOE_HOT_TRACE", dir.path().join("trace"));
-        }
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
-        let child = command.spawn().expect("llama-server can be started");
-        let mut server = Server { child, port, dir };
-        let start = Instant::now();
-        while !server.is_healthy() {
-            let ended = server.child.try_wait().expect("the child can be asked");
-            let late = start.elapsed() > Duration::from_secs(60);
-            assert!(ended.is_none() && !late, "llama-server is not up ({ended:?}):\n{}", server.log_end());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        server
-    }
-
-    fn is_healthy(&self) -> bool {
-        let health = minreq::get(format!("http://127.0.0.1:{}/health", self.port)).with_timeout(5).send();
-        health.is_ok_and(|r| r.status_code == 200)
-    }
-
-    fn log(&self) -> String {
-        let log = std::fs::read(self.dir.path().join("log")).expect("the log is there");
-        String::from_utf8_lossy(&log).into_owned()
-    }
-
-    fn log_end(&self) -> String {
-        let log = self.log();
-        let lines: Vec<_> = log.lines().collect();
-        lines[lines.len().saturating_sub(30)..].join("\n")
-    }
-
-    /// Sends a chat request.
-    fn ask(&self, request: &Request) -> Result<Answer, String> {
-        let body = json!({
-            "messages": [{"role": "user", "content": request.prompt}],
-            "max_tokens": request.max_tokens,
-            "stream": request.stream,
-            "ignore_eos": request.ignore_eos,
-            "temperature": 0,
-            "cache_prompt": false,
-            "logprobs": true,
-            "top_logprobs": 2,
-        });
-        let mut answers = self.post("/v1/chat/completions", &body)?;
-        answers.pop().ok_or_else(|| "there is no answer".into())
-    }
-
-    /// Sends several prompts at once, which the server starts in the same batch.
-    fn complete(&self, requests: &[Request]) -> Result<Vec<Answer>, String> {
-        let body = json!({
-            "prompt": requests.iter().map(|r| r.prompt.as_str()).collect::<Vec<_>>(),
-            "max_tokens": requests[0].max_tokens,
-            "stream": requests[0].stream,
-            "temperature": 0,
-            "cache_prompt": false,
-            "logprobs": 2,
-        });
-        let answers = self.post("/v1/completions", &body)?;
-        if answers.len() == requests.len() { Ok(answers) } else { Err(format!("{} answers", answers.len())) }
-    }
-
-    /// Sends a request; gives its choices.
-    fn post(&self, path: &str, body: &Value) -> Result<Vec<Answer>, String> {
-        let url = format!("http://127.0.0.1:{}{path}", self.port);
-        let sent = minreq::post(url).with_header("Content-Type", "application/json").with_timeout(120);
-        let response = sent.with_body(body.to_string()).send_lazy().map_err(|e| e.to_string())?;
-        let status = response.status_code;
-        let mut reader = BufReader::new(response);
-        if status == 200 && body["stream"] == true {
-            return read_events(&mut reader);
-        }
-        let mut text = String::new();
-        reader.read_to_string(&mut text).map_err(|e| e.to_string())?;
-        if status != 200 {
-            return Err(format!("status {status}: {text}"));
-        }
-        let value: Value = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
-        let mut answers = Vec::new();
-        add(&mut answers, &value);
-        Ok(answers)
-    }
-
-    fn pid(&self) -> libc::pid_t {
-        self.child.id() as libc::pid_t
-    }
-
-    /// Asks the server to end and waits for it.
-    fn terminate(&mut self) -> (ExitStatus, Duration) {
-        let start = Instant::now();
-        // SAFETY: the child has not been waited for, so the id is still its own.
-        let sent = unsafe { libc::kill(self.pid(), libc::SIGTERM) };
-        assert_eq!(sent, 0, "SIGTERM to llama-server");
-        loop {
-            if let Some(status) = self.child.try_wait().expect("the child can be asked") {
-                return (status, start.elapsed());
-            }
-            assert!(
-                start.elapsed() < Duration::from_secs(60),
-                "llama-server does not end:\n{}",
-                self.log_end()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
+/// Stock, or with slots and a trace of what they do.
+fn start(hot: bool) -> Server {
+    let dir = tempfile::tempdir().expect("there is a folder for temporary files");
+    let trace = dir.path().join("trace").display().to_string();
+    let env = [&HOT[..], &[("LLAMA_ARG_MOE_HOT_TRACE", &trace)]].concat();
+    Server::start_in(dir, &[], if hot { &env } else { &[] })
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // it may have ended by itself; either way it is gone afterwards
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-struct Request {
-    prompt: String,
-    max_tokens: usize,
-    stream: bool,
-    ignore_eos: bool,
-}
-
-/// A generated token.
-#[derive(Clone, PartialEq, Debug)]
-struct Token {
-    id: i64,
-    logprob: f64,
-    /// Of the most likely ones.
-    top: Vec<f64>,
-}
-
-/// One choice of a response.
-#[derive(Default, PartialEq, Debug)]
-struct Answer {
-    text: String,
-    tokens: Vec<Token>,
-    finish: String,
-}
-
-/// Adds what a response, or an event of one, says about its choices.
-fn add(answers: &mut Vec<Answer>, response: &Value) {
-    for choice in response["choices"].as_array().into_iter().flatten() {
-        let index = choice["index"].as_u64().expect("a choice has an index") as usize;
-        if answers.len() <= index {
-            answers.resize_with(index + 1, Answer::default);
-        }
-        let answer = &mut answers[index];
-        for text in [&choice["message"]["content"], &choice["delta"]["content"], &choice["text"]] {
-            answer.text += text.as_str().unwrap_or_default();
-        }
-        answer.finish += choice["finish_reason"].as_str().unwrap_or_default();
-        for t in choice["logprobs"]["content"].as_array().into_iter().flatten() {
-            let number = |v: &Value| v.as_f64().expect("a log-probability is a number");
-            let top = t["top_logprobs"].as_array().into_iter().flatten();
-            answer.tokens.push(Token {
-                id: t["id"].as_i64().expect("a token has an id"),
-                logprob: number(&t["logprob"]),
-                top: top.map(|t| number(&t["logprob"])).collect(),
-            });
-        }
-    }
-}
-
-/// Reads server-sent events up to the last.
-fn read_events(reader: &mut impl BufRead) -> Result<Vec<Answer>, String> {
-    let mut answers = Vec::new();
-    for line in reader.lines() {
-        let line = line.map_err(|e| e.to_string())?;
-        match line.strip_prefix("data: ") {
-            Some("[DONE]") => return Ok(answers),
-            Some(data) => add(&mut answers, &serde_json::from_str(data).map_err(|e| format!("{e}: {data}"))?),
-            None if line.is_empty() => {}
-            None => return Err(format!("not an event: {line}")),
-        }
-    }
-    Err("the stream ended before it was done".into())
-}
-
-/// Prompts of different lengths from a text, short answers, every other one streamed.
 fn requests(n: usize) -> Vec<Request> {
     let path = paths::root().join("models/texts/fiction.txt");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -300,30 +103,6 @@ impl Answers {
     }
 }
 
-/// Ends a server that is idle, and gives its log.
-fn end(server: &mut Server) -> String {
-    let (status, _) = server.terminate();
-    let log = server.log();
-    assert!(status.success(), "llama-server ended with {status}:\n{}", server.log_end());
-    assert_no_crash(&log);
-    log
-}
-
-fn assert_no_crash(log: &str) {
-    for sign in [
-        "panicked",
-        "terminate called",
-        "GGML_ASSERT",
-        "Segmentation",
-        "moe_hot: ",
-        "double free",
-        "Assertion",
-    ] {
-        let line = log.lines().find(|l| l.contains(sign));
-        assert_eq!(line, None, "the log has a sign of a crash");
-    }
-}
-
 /// The last number before `what` in the log's line of counters.
 fn counted(log: &str, what: &str) -> f64 {
     let line = log.lines().rev().find(|l| l.contains("moe-hot: ") && l.contains(" tokens, hit rate "));
@@ -336,12 +115,12 @@ fn counted(log: &str, what: &str) -> f64 {
 #[test]
 fn answers_equal_stocks() {
     let requests = requests(N_REQUESTS);
-    let mut server = Server::start(false);
+    let mut server = start(false);
     let stock = Answers::of(&server, &requests);
     let log = end(&mut server);
     assert!(!log.contains("moe-hot"), "stock has an expert cache");
 
-    let mut server = Server::start(true);
+    let mut server = start(true);
     let hot = Answers::of(&server, &requests);
     let log = end(&mut server);
     assert!(log.contains("moe-hot: requested K = 16, active: 96 slots"), "the cache is not active:\n{log}");
@@ -401,7 +180,7 @@ fn keep_busy(port: u16, prompt: &str, started: &Sender<()>) {
 
 /// Sends SIGTERM while four streams run. Exit status, time to end, log.
 fn terminate_while_busy(hot: bool) -> (ExitStatus, Duration, String) {
-    let mut server = Server::start(hot);
+    let mut server = start(hot);
     std::thread::scope(|scope| {
         let (port, mut starts) = (server.port, Vec::new());
         for i in 0..N_CLIENTS {

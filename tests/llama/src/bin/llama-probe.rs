@@ -6,6 +6,9 @@
 //! llama-probe logits MODEL       a checksum of every position's logits, and a greedy continuation
 //! llama-probe retry MODEL N      checksums of N tokens, each decoded again as long as decoding it fails; on stderr
 //!                                what failed, what was warned of, and how many tokens took the slots
+//! llama-probe chaos MODEL N SEED K
+//!                                checksums of N ubatches of decode and prompts of several sequences, while the pool gets
+//!                                up to K slots a layer, other intervals and policies; on stderr how the slots end
 //! llama-probe contexts MODEL K [gpu]
 //!                                contexts that share the slots, come, go and are aborted while experts are swapped:
 //!                                how far the output is from that without slots, as KL divergence
@@ -30,11 +33,15 @@ fn main() -> ExitCode {
         ["retry", model, n] => {
             n.parse().map_err(|_| format!("'{n}' is no number")).and_then(|n| retry(Path::new(model), n))
         }
+        ["chaos", model, n, seed, k] => match (n.parse(), seed.parse(), k.parse()) {
+            (Ok(n), Ok(seed), Ok(k)) => chaos(Path::new(model), n, seed, k),
+            _ => Err(format!("'{n}', '{seed}' or '{k}' is no number")),
+        },
         ["contexts", model, k, ref gpu @ ..] if gpu.is_empty() || *gpu == ["gpu"] => {
             contexts(Path::new(model), k, !gpu.is_empty())
         }
         _ => {
-            Err("usage: llama-probe graph MODEL N... | logits MODEL | retry MODEL N | contexts MODEL K [gpu]"
+            Err("usage: llama-probe graph MODEL N... | logits MODEL | retry MODEL N | chaos MODEL N SEED K | contexts MODEL K [gpu]"
                 .into())
         }
     };
@@ -118,6 +125,62 @@ fn retry(path: &Path, n: i32) -> Result<String, String> {
     let slots = ctx.stats().map_or(0, |s| s.n_tokens);
     eprintln!("{slots} tokens took the slots");
     drop(ctx);
+    drop(model);
+    for line in llama.take_log().iter().filter(|l| l.text.starts_with("moe-hot: ")) {
+        eprintln!("{}", line.text);
+    }
+    Ok(out)
+}
+
+/// Ubatches between two changes of the pool.
+const CHANGE_EVERY: u64 = 40;
+
+fn chaos(path: &Path, n: u64, seed: u64, most: u64) -> Result<String, String> {
+    let llama = Llama::get().exclusive();
+    let model = llama.load(path, LoadOptions::default())?;
+    let mut random = seed;
+    let mut below = |n: u64| {
+        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (random >> 33) % n
+    };
+    let hot = llama.option("moe-hot-k")? != "0";
+    let (mut out, mut done, mut changes) = (String::new(), 0, 0);
+    while done < n {
+        let seed = below(1 << 30);
+        // prompts and decode in one sequence, or decode of some in one ubatch
+        let schedule = match below(2) {
+            0 => Schedule::mixed(model.n_vocab(), seed, 100),
+            _ => Schedule::sequences(model.n_vocab(), seed, 3, 100),
+        };
+        let mut ctx = model.context(schedule.context)?;
+        for batch in &schedule.batches {
+            if done % CHANGE_EVERY == 0 {
+                let change = match below(4) {
+                    0 => format!(r#"{{"interval": {}}}"#, 1 + below(8)),
+                    1 => format!(
+                        r#"{{"policy": "{}"}}"#,
+                        ["decay", "lru", "predict", "s3fifo", "lfru"][below(5) as usize]
+                    ),
+                    _ => format!(r#"{{"k": {}}}"#, 1 + below(most)),
+                };
+                if hot {
+                    let (status, answer) = llama.http("POST", "/moe-hot", &change);
+                    if status != 200 {
+                        return Err(format!("{change}: {status} {answer}"));
+                    }
+                    changes += 1;
+                }
+            }
+            let logits = ctx.decode(batch)?;
+            let rows = logits.values.chunks(logits.n_vocab);
+            let sum = rows.fold(0, |sum: u64, row| sum.rotate_left(1) ^ checksum(row));
+            out += &format!("{done}: {sum:016x}\n");
+            done += 1;
+        }
+    }
+    if hot {
+        eprintln!("{changes} changes; {}", llama.http("GET", "/moe-hot", "").1);
+    }
     drop(model);
     for line in llama.take_log().iter().filter(|l| l.text.starts_with("moe-hot: ")) {
         eprintln!("{}", line.text);
