@@ -18,6 +18,8 @@ pub mod device;
 pub mod fault;
 pub mod ffi;
 pub mod ggml;
+#[cfg(feature = "cli")]
+pub mod gguf;
 pub mod handles;
 #[cfg(feature = "cli")]
 pub mod heatmap;

@@ -2,6 +2,7 @@
 //! say about policies and budgets. One file a command.
 
 mod constants;
+mod doctor;
 mod parallel;
 mod probe;
 mod replay;
@@ -29,6 +30,8 @@ enum Command {
     Replay(replay::Args),
     /// Measure this machine's memory, link and GPU; with -m what cold experts and uploads cost, for replay --cost.
     Probe(Box<probe::Args>),
+    /// Say what this machine can gain: GPU, link, memory; with a model its slots, a command line and tokens a second.
+    Doctor(doctor::Args),
     /// Draw which experts were used, as a PNG.
     Heatmap {
         /// A routing trace.
@@ -54,6 +57,7 @@ fn run(command: Command) -> Result<(), String> {
     match command {
         Command::Replay(args) => replay::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Heatmap { trace, output, title } => {
             let r = read(&trace)?;
             heatmap::draw(&output, &title, &r.header.layers, &r.counts(), r.n_tokens())

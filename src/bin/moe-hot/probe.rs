@@ -28,49 +28,49 @@ pub struct Args {
 
 /// Rates in GB/s, 10^9 bytes a second.
 #[derive(Serialize)]
-struct Machine {
-    cpus: usize,
+pub struct Machine {
+    pub cpus: usize,
     /// That threads read.
     buffer_mib: usize,
-    cpu_read: Vec<Threads>,
-    gpu: Option<Gpu>,
+    pub cpu_read: Vec<Threads>,
+    pub gpu: Option<Gpu>,
     /// Why there are no figures of a GPU.
-    no_gpu: Option<String>,
+    pub no_gpu: Option<String>,
 }
 
 #[derive(Serialize)]
-struct Threads {
+pub struct Threads {
     threads: usize,
-    gb_s: f64,
+    pub gb_s: f64,
 }
 
 #[derive(Serialize)]
-struct Gpu {
+pub struct Gpu {
     name: String,
-    copies: Vec<Copy>,
+    pub copies: Vec<Copy>,
     reads_in_place: Vec<Blocks>,
-    both_at_once: Both,
-    flag_round_trip_us: f64,
-    vram_read_gb_s: f64,
+    pub both_at_once: Both,
+    pub flag_round_trip_us: f64,
+    pub vram_read_gb_s: f64,
 }
 
 #[derive(Serialize)]
-struct Copy {
-    memory: &'static str,
-    gb_s: f64,
+pub struct Copy {
+    pub memory: &'static str,
+    pub gb_s: f64,
 }
 
 #[derive(Serialize)]
-struct Blocks {
+pub struct Blocks {
     blocks: u32,
-    gb_s: f64,
+    pub gb_s: f64,
 }
 
 #[derive(Serialize)]
-struct Both {
+pub struct Both {
     threads: usize,
-    cpu_gb_s: f64,
-    gpu_gb_s: f64,
+    pub cpu_gb_s: f64,
+    pub gpu_gb_s: f64,
 }
 
 impl From<gpu::Figures> for Gpu {
@@ -97,10 +97,10 @@ fn counts(cpus: usize) -> Vec<usize> {
     counts
 }
 
-/// Bytes of host memory that are free, `None` where the system does not tell.
-fn free() -> Option<usize> {
+/// Bytes of host memory by the system's name for them, `None` where it does not tell.
+pub fn memory(name: &str) -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
     line.trim().trim_end_matches("kB").trim().parse::<usize>().ok().map(|kib| kib << 10)
 }
 
@@ -121,9 +121,9 @@ fn buffer(bytes: usize, cpus: usize) -> Vec<u8> {
     data
 }
 
-fn machine() -> Machine {
+pub fn machine() -> Machine {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let data = buffer(buffer_bytes(cpus, free()), cpus);
+    let data = buffer(buffer_bytes(cpus, memory("MemAvailable:")), cpus);
     let counts = counts(cpus);
     let mut rates = vec![0.0f64; counts.len()];
     for _ in 0..ROUNDS {
@@ -141,7 +141,7 @@ fn machine() -> Machine {
     Machine { cpus, buffer_mib: data.len() >> 20, cpu_read, gpu, no_gpu }
 }
 
-fn rows(m: &Machine) -> Vec<Vec<String>> {
+pub fn rows(m: &Machine) -> Vec<Vec<String>> {
     let gb_s = |rate: f64| format!("{rate:.1} GB/s");
     let threads = |n: usize| format!("{n} thread{}", if n == 1 { "" } else { "s" });
     let mut rows = vec![vec!["what".to_string(), "value".to_string()]];

@@ -98,12 +98,39 @@ fn init() -> Result<(), CudaError> {
     .clone()
 }
 
-struct Version(c_int);
+/// A version, as `cuDriverGetVersion` counts.
+pub(super) struct Version(c_int);
 
 impl Display for Version {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.0 / 1000, self.0 % 1000 / 10)
     }
+}
+
+/// Of CUDA, that the driver supports.
+#[cfg(feature = "cli")]
+pub(super) fn version() -> Result<Version, CudaError> {
+    init()?;
+    let mut version = 0;
+    cu!(cuDriverGetVersion(&mut version))?;
+    Ok(Version(version))
+}
+
+/// Devices that the driver shows.
+#[cfg(feature = "cli")]
+pub(super) fn n_devices() -> Result<c_int, CudaError> {
+    init()?;
+    let mut n = 0;
+    cu!(cuDeviceGetCount(&mut n))?;
+    Ok(n)
+}
+
+/// The PCI address of a device.
+fn address(device: CUdevice) -> Result<String, CudaError> {
+    let mut pci: [c_char; 32] = [0; 32];
+    cu!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), pci.len() as c_int, device))?;
+    // SAFETY: the driver ends it with a zero.
+    Ok(unsafe { CStr::from_ptr(pci.as_ptr()) }.to_string_lossy().into_owned())
 }
 
 /// A device with its primary context, which is the one ggml works in, and the kernels in it.
@@ -138,17 +165,7 @@ impl Device {
             CString::new(pci).map_err(|_| CudaError::Missing(format!("'{pci}' is no PCI address")))?;
         let mut handle = 0;
         cu!(cuDeviceGetByPCIBusId(&mut handle, address.as_ptr()))?;
-        let mut context = ptr::null_mut();
-        cu!(cuDevicePrimaryCtxRetain(&mut context, handle))?;
-        // from here on `drop` releases what there is
-        let mut device = Device {
-            handle,
-            context,
-            module: ptr::null_mut(),
-            dispatch: ptr::null_mut(),
-            join: ptr::null_mut(),
-            early_launch: false,
-        };
+        let mut device = Device::of(handle)?;
         device.bind()?;
         cu!(cuModuleLoadData(&mut device.module, kernels.as_ptr().cast::<c_void>()))?;
         let module = device.module;
@@ -162,17 +179,37 @@ impl Device {
         Ok(Arc::new(device))
     }
 
+    /// A device without kernels.
+    fn of(handle: CUdevice) -> Result<Self, CudaError> {
+        let mut context = ptr::null_mut();
+        cu!(cuDevicePrimaryCtxRetain(&mut context, handle))?;
+        // from here on `drop` releases what there is
+        Ok(Device {
+            handle,
+            context,
+            module: ptr::null_mut(),
+            dispatch: ptr::null_mut(),
+            join: ptr::null_mut(),
+            early_launch: false,
+        })
+    }
+
+    /// The device of this index, to look at: it has no kernels.
+    #[cfg(feature = "cli")]
+    pub(super) fn bare(index: c_int) -> Result<Arc<Self>, CudaError> {
+        init()?;
+        let mut handle = 0;
+        cu!(cuDeviceGet(&mut handle, index))?;
+        Device::of(handle).map(Arc::new)
+    }
+
     /// The first device that the driver shows.
     ///
     /// # Errors
     /// As [`Device::open`].
     pub fn first() -> Result<Arc<Self>, CudaError> {
         init()?;
-        let mut pci: [c_char; 32] = [0; 32];
-        cu!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), pci.len() as c_int, 0))?;
-        // SAFETY: the driver ends it with a zero.
-        let pci = unsafe { CStr::from_ptr(pci.as_ptr()) };
-        Device::open(pci.to_str().unwrap_or_default())
+        Device::open(&address(0)?)
     }
 
     /// Makes the context current on the calling thread.
@@ -202,6 +239,20 @@ impl Device {
         cu!(cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, self.handle))?;
         // SAFETY: the driver ends it with a zero.
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
+    }
+
+    /// Its PCI address.
+    #[cfg(feature = "cli")]
+    pub(super) fn pci(&self) -> Result<String, CudaError> {
+        address(self.handle)
+    }
+
+    /// Its compute capability.
+    #[cfg(feature = "cli")]
+    pub(super) fn capability(&self) -> Result<(u32, u32), CudaError> {
+        let major = self.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = self.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        Ok((major.unsigned_abs(), minor.unsigned_abs()))
     }
 
     /// How many blocks run at once, at least.

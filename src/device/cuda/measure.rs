@@ -25,6 +25,8 @@ static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/probe.fatbin")
 #[cfg(not(moe_hot_kernels))]
 static KERNELS: &[u8] = &[];
 
+/// The kind of host memory that a model's experts are in.
+pub const REGISTERED_FILE: &str = "registered file";
 /// Bytes of a copy to the device.
 const COPY_BYTES: usize = 256 << 20;
 /// Bytes that a kernel reads of host memory in one go, at most.
@@ -182,14 +184,14 @@ fn copy(stream: &Stream, to: &VideoMemory, from: *const u8, bytes: usize) -> Res
 }
 
 /// A file in memory, mapped to be read, as llama.cpp maps a model.
-struct MappedFile {
-    first: *mut u8,
-    bytes: usize,
+pub(super) struct MappedFile {
+    pub(super) first: *mut u8,
+    pub(super) bytes: usize,
     _file: std::fs::File,
 }
 
 impl MappedFile {
-    fn new(data: &[u8]) -> io::Result<Self> {
+    pub(super) fn new(data: &[u8]) -> io::Result<Self> {
         let mut file = tempfile::tempfile()?;
         file.write_all(data)?;
         // SAFETY: a new mapping of a file that is as long.
@@ -239,7 +241,7 @@ pub fn measure(data: &[u8], n_threads: usize, time: Duration) -> Result<Figures,
     copies.push(("mapped file", copy(&stream, &video, file.first, bytes)?));
     let mut registered_file = Registration::new(device.clone());
     registered_file.add_all(&[(file.first as usize, bytes)], |_, _| ())?;
-    copies.push(("registered file", copy(&stream, &video, file.first, bytes)?));
+    copies.push((REGISTERED_FILE, copy(&stream, &video, file.first, bytes)?));
     drop(registered_file);
     drop(file);
 

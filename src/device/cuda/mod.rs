@@ -6,6 +6,8 @@
 mod copier;
 mod driver;
 #[cfg(feature = "cli")]
+pub mod look;
+#[cfg(feature = "cli")]
 pub mod measure;
 mod memory;
 mod node;
