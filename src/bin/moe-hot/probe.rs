@@ -11,7 +11,7 @@ use crate::{constants, table};
 /// Bytes that are read: more than caches hold, by the CPU, of what is free at most a part.
 const CPU_BYTES: usize = 256 << 20;
 const MOST_BYTES: usize = 4 << 30;
-const LEAST_BYTES: usize = 256 << 20;
+pub const LEAST_BYTES: usize = 256 << 20;
 const PART_OF_FREE: usize = 4;
 /// Time of one measurement, and how often each is made; the best counts, because noise only slows down.
 const TIME: Duration = Duration::from_millis(200);

@@ -12,6 +12,7 @@ use moe_hot::{
 use serde::Serialize;
 
 use super::model::{Class, Layer, Model};
+use crate::probe;
 
 const MIB: f64 = (1 << 20) as f64;
 /// llama.cpp's largest ubatch: its compute buffer has that many rows of logits.
@@ -177,15 +178,17 @@ pub fn suggest(
     let mut command = format!("llama-server -m {}", quoted(file));
     let context = asked.map_or(String::new(), |c| format!(" -c {c}"));
     let one_gpu = if n_gpus > 1 { " --split-mode none" } else { "" };
-    let Some(vram) = vram else {
-        let why = "there is no GPU that can be used: slots in host memory bring nothing";
-        return Suggestion { command: command + &context, why: why.into() };
-    };
-    command += " -ngl 99";
+    if vram.is_some() {
+        command += " -ngl 99";
+    }
     if model.layers.is_empty() {
         let why = "the model is dense: there are no experts to keep in slots";
         return Suggestion { command: command + &context, why: why.into() };
     }
+    let Some(vram) = vram else {
+        let why = "there is no GPU that can be used: slots in host memory bring nothing";
+        return Suggestion { command: command + &context, why: why.into() };
+    };
     if vram.all_fit() {
         let why = "all experts fit into VRAM: slots would bring nothing";
         return Suggestion { command: command + &context, why: why.into() };
@@ -295,6 +298,13 @@ pub fn expect(
     let main: Vec<&Layer> = model.layers.iter().filter(|l| (l.il as u64) < model.n_layers).collect();
     let all = Token::of(main.iter().copied());
     let dense = model.dense as f64;
+    if model.dense + model.experts < probe::LEAST_BYTES as u64 {
+        let why = format!(
+            "nothing is expected: caches may hold the {:.1} MiB of weights, and only memory was measured",
+            (dense + model.experts as f64) / MIB
+        );
+        return Ok((Vec::new(), vec![why]));
+    }
     let reads = format!(
         "a token reads {:.1} MiB of experts and {:.1} MiB of other weights (what --cpu-moe puts on the GPU)",
         all.bytes / MIB,
@@ -309,16 +319,15 @@ pub fn expect(
             likely_tokens_per_s: None,
         };
         let mut rows = vec![row("stock, on the CPU")];
+        let mut bases = vec![format!(
+            "{reads}; at most: these bytes at the {:.1} GB/s that threads read here, measured now",
+            rates.cpu
+        )];
         if !classes.is_empty() {
             rows.push(row("slots in host memory: the same"));
+            bases.push(format!("slots in host memory ran at {HOST_RATIO}"));
         }
-        return Ok((
-            rows,
-            vec![
-                format!("{reads}; at most: these bytes at the {:.1} GB/s that threads read here", rates.cpu),
-                format!("slots in host memory ran at {HOST_RATIO}"),
-            ],
-        ));
+        return Ok((rows, bases));
     };
     // us a byte
     let [cpu, both, copy, of_vram] = [rates.cpu, gpu.both, gpu.copy, gpu.vram].map(|rate| 1e-3 / rate);
@@ -419,9 +428,19 @@ mod tests {
     /// Of the model: its other weights, a KV cache for its 1024 tokens and 512 rows of logits.
     const OTHERS: u64 = (1 << 20) + 1024 * 256 + 512 * 8192 * 4 + budget::MARGIN;
     const EXPERT: u64 = 3 * 1152;
+    const LARGE: u64 = 4000;
 
     fn model() -> Model {
         Model::new(&gguf()).unwrap()
+    }
+
+    /// The model with experts of so many times the bytes, which no cache holds.
+    fn large() -> Model {
+        let mut g = gguf();
+        for t in g.tensors.iter_mut().filter(|t| t.shape[2] > 1) {
+            t.bytes *= LARGE;
+        }
+        Model::new(&g).unwrap()
     }
 
     fn with(free: u64) -> (Model, Vec<Class>, Vram) {
@@ -473,9 +492,11 @@ mod tests {
 
     #[test]
     fn speeds_follow_from_the_bytes() {
-        let (m, classes, vram) = with(OTHERS + 16 * EXPERT);
+        let m = large();
+        let classes = m.classes(true);
+        let vram = Vram::new(&m, &classes, OTHERS + 16 * LARGE * EXPERT, 1024);
         let (rows, _) = expect(&m, &classes, Some(&vram), RATES).unwrap();
-        let all = 4.0 * EXPERT as f64;
+        let all = 4.0 * (LARGE * EXPERT) as f64;
         let step = (all + (1 << 20) as f64) / 1e6 + 2.0 * KERNELS_US;
         // GB/s are 1000 bytes a us
         let cold = |share: f64, rate: f64| share * all * (1.0 / (1000.0 * rate) - 1e-6);
@@ -495,13 +516,15 @@ mod tests {
 
     #[test]
     fn without_a_gpu_slots_change_nothing() {
-        let m = model();
+        let m = large();
         let rates = Rates { cpu: 50.0, gpu: None };
         let (rows, bases) = expect(&m, &m.classes(false), None, rates).unwrap();
-        let at_most = 50e9 / ((1 << 20) as f64 + 4.0 * EXPERT as f64);
+        let at_most = 50e9 / ((1 << 20) as f64 + 4.0 * (LARGE * EXPERT) as f64);
         assert!(
             rows.len() == 2 && rows.iter().all(|r| (r.at_most_tokens_per_s / at_most - 1.0).abs() < 1e-9)
         );
         assert!(bases[1].contains("benches/results/"));
+        let (rows, bases) = expect(&model(), &m.classes(false), None, rates).unwrap();
+        assert!(rows.is_empty() && bases[0].starts_with("nothing is expected: caches may hold"), "{bases:?}");
     }
 }
