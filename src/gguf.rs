@@ -536,4 +536,35 @@ mod tests {
             format!("f: at offset {y}: tensor 'y' begins at 32 of the data, expected 64")
         );
     }
+
+    #[test]
+    fn parts_of_a_model_are_read_together() {
+        let part = |no: u32, tensor: &str| {
+            let mut f = [&MAGIC[..], &3u32.to_le_bytes(), &1u64.to_le_bytes(), &2u64.to_le_bytes()].concat();
+            for (key, value) in [("split.no", no), ("split.count", 2)] {
+                f.extend(text(key));
+                f.extend([4, value].map(u32::to_le_bytes).concat());
+            }
+            f.extend(text(tensor));
+            f.extend([&1u32.to_le_bytes()[..], &8u64.to_le_bytes(), &[0; 12]].concat());
+            f.resize(f.len().next_multiple_of(32) + 32, 0);
+            f
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let paths = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"].map(|n| dir.path().join(n));
+        std::fs::write(&paths[0], part(0, "x")).unwrap();
+        let missing = Gguf::open(&paths[0]).unwrap_err().to_string();
+        assert_eq!(missing, format!("{}: No such file or directory (os error 2)", paths[1].display()));
+        std::fs::write(&paths[1], part(1, "y")).unwrap();
+        let g = Gguf::open(&paths[0]).unwrap();
+        assert!(g.tensor("x").is_some() && g.tensor("y").is_some() && g.tensors.len() == 2);
+        let second = Gguf::open(&paths[1]).unwrap_err().to_string();
+        assert_eq!(second, format!("{}: it is part 2 of 2: name the first", paths[1].display()));
+        let other = dir.path().join("m.gguf");
+        std::fs::rename(&paths[0], &other).unwrap();
+        assert_eq!(
+            Gguf::open(&other).unwrap_err().to_string(),
+            format!("{}: it has 2 parts: expected a name that ends in -00001-of-00002.gguf", other.display())
+        );
+    }
 }

@@ -88,6 +88,8 @@ struct ModelReport {
     classes: Vec<Class>,
     stock: Vec<Stock>,
     not_told: &'static str,
+    /// Whether the RAM that is available cannot hold what stays there.
+    short_of_ram: bool,
     vram: Option<Vram>,
     suggestion: Suggestion,
     expected: Vec<Expected>,
@@ -163,11 +165,19 @@ fn of_model(
         None => None,
     };
     let suggestion = outlook::suggest(&file, &model, &classes, vram.as_ref(), args.ctx_size, n_gpus);
-    let (expected, basis) = if has_gpu && rates.gpu.is_none() {
+    let (mut expected, mut basis) = if has_gpu && rates.gpu.is_none() {
         (Vec::new(), vec!["nothing is expected without the figures of the GPU".to_string()])
     } else {
         outlook::expect(&model, &classes, vram.as_ref(), rates)?
     };
+    let in_ram = if has_gpu { model.experts } else { model.experts.saturating_add(model.dense) };
+    let short = probe::memory("MemAvailable:").is_some_and(|available| (available as u64) < in_ram);
+    if short && !expected.is_empty() {
+        expected.iter_mut().for_each(|e| e.likely_tokens_per_s = None);
+        basis.push(
+            "the weights do not fit into the RAM that is available: the disk, not measured, decides".into(),
+        );
+    }
     Ok(ModelReport {
         file,
         layers: model.n_layers,
@@ -176,6 +186,7 @@ fn of_model(
         other_weights_mib: model.dense as f64 / MIB,
         stock: model.stock(has_gpu),
         not_told: NOT_TOLD,
+        short_of_ram: short,
         classes,
         vram,
         suggestion,
@@ -295,27 +306,24 @@ fn model_rows(m: &ModelReport, ram_available_mib: Option<u64>, rows: &mut Rows) 
         let matrices: Vec<String> = c.matrices.iter().map(matrix).collect();
         let kib = c.expert_bytes as f64 / 1024.0;
         rows.add(
-            format!("class {i}, layers {}", c.layers),
+            format!("class {i}"),
             format!(
-                "{} experts, {} used, {kib:.1} KiB each: {}",
+                "{} experts, {} used, {kib:.1} KiB each: {}; layers {}",
                 c.experts_per_layer,
                 c.experts_used,
-                matrices.join(", ")
+                matrices.join(", "),
+                c.layers
             ),
         );
     }
     for s in &m.stock {
-        rows.add(format!("stock graph, layers {}", s.layers), s.why.clone());
+        rows.add("stock graph", format!("{}: layers {}", s.why, s.layers));
     }
     if m.moe_layers > 0 {
         rows.add("not told by the file", m.not_told);
     }
-    let needed = m.experts_mib + m.other_weights_mib;
-    if let Some(available) = ram_available_mib.filter(|a| (*a as f64) < needed) {
-        rows.add(
-            "RAM for the model",
-            format!("{needed:.0} MiB of weights, {available} available: parts come from the disk"),
-        );
+    if let (true, Some(available)) = (m.short_of_ram, ram_available_mib) {
+        rows.add("RAM for the model", format!("too little, {available} MiB: parts come from the disk"));
     }
     if let Some(v) = &m.vram {
         rows.add(
