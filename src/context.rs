@@ -17,7 +17,7 @@ use crate::{
         Device,
         cuda::{CudaError, Fault, Port, PortShape},
     },
-    judge::{Judge, Verdict},
+    judge::Judge,
     lanes::{Lanes, Sample},
     log::{Level, log},
     model::{Boundary, Model, Took},
@@ -277,19 +277,13 @@ impl Context {
             self.graph_version.fetch_add(1, Ordering::Relaxed);
         }
         let Some(verdict) = verdict else { return };
-        let Verdict { slots_us, stock_us, on, changed } = verdict;
-        if changed {
-            let what = if on {
+        if verdict.changed {
+            let what = if verdict.on {
                 "the slots pay again"
             } else {
                 "the slots do not pay here, and are off until they do"
             };
-            log!(
-                Level::Warn,
-                "moe-hot: {what}: a token took {:.2} ms with them and {:.2} ms without",
-                slots_us / 1e3,
-                stock_us / 1e3
-            );
+            log!(Level::Warn, "moe-hot: {what}: {verdict}");
         }
         self.model.judged(verdict);
     }
@@ -362,11 +356,11 @@ impl Context {
             }
         }
         usage.hits += u64::from(usage.n_tokens) * self.uncounted;
-        if usage.hits + usage.misses > 0 {
+        if usage.hits + usage.misses() > 0 {
             self.counters.steps.fetch_add(1, Ordering::Relaxed);
             self.counters.tokens.fetch_add(u64::from(usage.n_tokens), Ordering::Relaxed);
             self.counters.hits.fetch_add(usage.hits, Ordering::Relaxed);
-            self.counters.misses.fetch_add(usage.misses, Ordering::Relaxed);
+            self.counters.misses.fetch_add(usage.misses(), Ordering::Relaxed);
             self.counters.linked.fetch_add(usage.linked, Ordering::Relaxed);
         }
         let join_wait_ns = self.counters.join_wait_ns.load(Ordering::Relaxed);
@@ -385,7 +379,7 @@ impl Context {
                 us: took.step.as_micros() as u64,
                 tokens: usage.n_tokens,
                 hits: usage.hits,
-                misses: usage.misses,
+                misses: usage.misses(),
                 copying: step.boundary.copying,
                 rebalance_us: step.boundary.rebalance_us,
                 join_wait_us: join_wait.as_micros() as u64,

@@ -26,6 +26,8 @@ use std::{
     time::Duration,
 };
 
+use xxhash_rust::xxh64::xxh64;
+
 struct Armed {
     n: u64,
     calls: AtomicU64,
@@ -55,13 +57,8 @@ fn by_chance(name: &str) -> bool {
         return false;
     };
     let call = CALLS[i].fetch_add(1, Ordering::Relaxed);
-    // SplitMix64
-    let x = armed("seed")
-        .unwrap_or(0)
-        .wrapping_add((call * BY_CHANCE.len() as u64 + i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (x ^ (x >> 31)) % 1000 < chance
+    let seed = armed("seed").unwrap_or(0);
+    xxh64(format!("{name} {call}").as_bytes(), seed) % 1000 < chance
 }
 
 /// Waits for a moment, by chance.

@@ -4,7 +4,10 @@
 //! block, which build and capture its graph, do not count. A trial costs a few dozen steps of the slower kind, and the
 //! time to the next one doubles as long as the answer stays the same.
 
-use std::mem;
+use std::{
+    fmt::{self, Display, Formatter},
+    mem,
+};
 
 /// Tokens with slots before a trial: the slots have to fill, and the division of cold experts to settle.
 const WARM: u32 = 256;
@@ -34,6 +37,13 @@ pub struct Verdict {
     pub changed: bool,
 }
 
+impl Display for Verdict {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let (slots, stock) = (self.slots_us / 1e3, self.stock_us / 1e3);
+        write!(f, "a token took {slots:.2} ms with them and {stock:.2} ms without")
+    }
+}
+
 #[derive(Debug)]
 enum Phase {
     /// So many tokens to the next trial, or to the warm-up before it.
@@ -47,7 +57,7 @@ enum Phase {
     Trial {
         slots: bool,
         steps: u32,
-        us: Vec<u64>,
+        us: Vec<f64>,
         with_slots: Vec<f64>,
         stock: Vec<f64>,
     },
@@ -96,11 +106,10 @@ impl Judge {
             Phase::Trial { slots, steps, us: block, with_slots, stock } => {
                 *steps += 1;
                 if *steps > BLOCK.0 - BLOCK.1 {
-                    block.push(us);
+                    block.push(us as f64);
                 }
                 if *steps == BLOCK.0 {
-                    let us =
-                        median(&mut mem::take(block).into_iter().map(|us| us as f64).collect::<Vec<_>>());
+                    let us = median(&mut mem::take(block));
                     if *slots {
                         with_slots.push(us)
                     } else {

@@ -44,7 +44,7 @@ use crate::{
 
 /// With fewer slots a layer than this many times its experts a token, the set turns over faster than
 /// it is used.
-const SLOTS_PER_USED: u32 = 3;
+pub const SLOTS_PER_USED: u32 = 3;
 
 /// When an allocation fails although there seemed to be room, the next try asks for this share.
 const SHRINK: f64 = 0.9;
@@ -210,8 +210,6 @@ struct Control {
     pace: Pace,
     trace: Option<TraceWriter>,
     stats: Stats,
-    /// Time of all steps.
-    step_time: Duration,
     /// Tokens between two plans.
     interval: u32,
     /// The slots keep what they have, on request.
@@ -351,7 +349,11 @@ impl Model {
         let not_active = |why: &str| {
             log!(Level::Warn, "moe-hot: requested {requested}, not active: {why}");
             for (reason, layers) in &offers.skipped {
-                log!(Level::Warn, "moe-hot: layers {} take the stock graph: {reason}", ranges(layers));
+                log!(
+                    Level::Warn,
+                    "moe-hot: layers {} take the stock graph: {reason}",
+                    ranges(layers.iter().copied())
+                );
             }
             None
         };
@@ -536,7 +538,11 @@ impl Model {
             );
         }
         for (reason, layers) in &offers.skipped {
-            log!(Level::Warn, "moe-hot: layers {} take the stock graph: {reason}", ranges(layers));
+            log!(
+                Level::Warn,
+                "moe-hot: layers {} take the stock graph: {reason}",
+                ranges(layers.iter().copied())
+            );
         }
 
         if let Some(trace) = &mut trace {
@@ -561,7 +567,6 @@ impl Model {
             pace: Pace::new(copy_rate),
             trace,
             stats: Stats::default(),
-            step_time: Duration::ZERO,
             interval: self.config.rebalance_interval,
             frozen: false,
             verdict: None,
@@ -835,12 +840,11 @@ impl Model {
         a.look();
     }
 
-    /// Gives the slots so many bytes, or what there is room for, and allows no more from now on. Waits for it for a while;
-    /// returns the bytes that they should have.
+    /// Gives the slots so many bytes, or what there is room for, and allows no more from now on. Waits for it for a while.
     ///
     /// # Errors
     /// Says why there are no such slots.
-    pub fn resize(&self, bytes: u64) -> Result<u64, String> {
+    pub fn resize(&self, bytes: u64) -> Result<(), String> {
         let a = self.pool();
         let now = a.slot_bytes();
         let free = a.device.free(now)?;
@@ -853,9 +857,9 @@ impl Model {
             ));
         }
         a.sizer.lock().budget.set_most(bytes);
-        let wanted = a.want(bytes);
+        a.want(bytes);
         a.finish_sizing(RESIZED);
-        Ok(wanted)
+        Ok(())
     }
 
     /// Somebody got no memory of the device with PCI address `pci`: gives `bytes` bytes of it back, at once. Whether that
@@ -915,6 +919,12 @@ impl Class {
 }
 
 impl Active {
+    /// Where an expert of a class is from now on, -1 for cold.
+    fn set_slot(&self, class: &Class, key: Key, slot: i32) {
+        self.maps[class.layers[usize::from(key.layer)]].set(key.expert, slot);
+        self.map_version.fetch_add(1, Ordering::Release);
+    }
+
     fn slot_bytes(&self) -> u64 {
         self.classes.iter().map(|c| c.bytes() as u64).sum()
     }
@@ -1063,8 +1073,7 @@ impl Control {
             if control.wanted < open {
                 self.clock += 1;
                 control.table.set_open(control.wanted, self.clock, |key| {
-                    a.maps[class.layers[usize::from(key.layer)]].set(key.expert, -1);
-                    a.map_version.fetch_add(1, Ordering::Release);
+                    a.set_slot(class, key, -1);
                     self.stats.evictions += 1;
                 });
                 if let Some(trace) = &mut self.trace {
@@ -1120,18 +1129,18 @@ impl Control {
     }
 
     fn count(&mut self, a: &Active, usage: &StepUsage, took: Took) {
-        if usage.hits + usage.misses == 0 {
+        if usage.hits + usage.misses() == 0 {
             return;
         }
         let s = &mut self.stats;
         s.steps += 1;
         s.tokens += u64::from(usage.n_tokens);
         s.hits += usage.hits;
-        s.misses += usage.misses;
+        s.misses += usage.misses();
         s.linked += usage.linked;
         s.join_wait_us += took.join_wait.as_micros() as u64;
         s.worker_busy_us += took.busy.as_micros() as u64;
-        self.step_time += took.step;
+        s.step_us += took.step.as_micros() as u64;
         for (class, control) in a.classes.iter().zip(&mut self.classes) {
             for &layer in &class.layers {
                 let cold = u64::from(usage.cold[layer]);
@@ -1164,8 +1173,8 @@ impl Control {
             log!(Level::Error, "moe-hot: the routing trace ends here: {e}");
             self.trace = None;
         }
-        let StepUsage { n_tokens, sequences, ids, .. } = usage.clone();
-        a.planner.observe(Observed { phase, n_tokens, sequences, ids });
+        let (sequences, ids) = (usage.sequences.clone(), usage.ids.clone());
+        a.planner.observe(Observed { phase, n_tokens: usage.n_tokens, sequences, ids });
     }
 
     fn request_plan(&mut self, a: &Active) {
@@ -1193,8 +1202,7 @@ impl Control {
             // slots may have closed since the wish
             for swap in plan[i].iter().filter(|s| (s.slot as usize) < open) {
                 if let Action::Retire { key } = control.table.assign(swap.slot, swap.admit, self.clock) {
-                    a.maps[class.layers[usize::from(key.layer)]].set(key.expert, -1);
-                    a.map_version.fetch_add(1, Ordering::Release);
+                    a.set_slot(class, key, -1);
                     self.stats.evictions += 1;
                 }
                 if let Some(trace) = &mut self.trace {
@@ -1265,8 +1273,7 @@ impl Control {
             self.classes[class].copying -= 1;
             if let Action::Publish { key } = self.classes[class].table.copied(slot, report.result.is_ok()) {
                 let c = &a.classes[class];
-                a.maps[c.layers[usize::from(key.layer)]].set(key.expert, slot as i32);
-                a.map_version.fetch_add(1, Ordering::Release);
+                a.set_slot(c, key, slot as i32);
                 self.stats.uploads += 1;
                 self.stats.upload_bytes += c.expert_bytes as u64;
             }
@@ -1351,9 +1358,9 @@ fn cold_side(layers: &[Layer], reading: Option<&Reading>) -> String {
     format!(" ({}{rate})", kernels.join(", "))
 }
 
-/// `0-3, 7` for `[0, 1, 2, 3, 7]`.
-fn ranges(layers: &[i32]) -> String {
-    let mut layers = layers.to_vec();
+/// `0-3, 7` for 7, 0, 1, 2 and 3.
+pub fn ranges(layers: impl IntoIterator<Item = i32>) -> String {
+    let mut layers: Vec<i32> = layers.into_iter().collect();
     layers.sort_unstable();
     let mut out: Vec<(i32, i32)> = Vec::new();
     for l in layers {
@@ -1423,7 +1430,7 @@ fn allocate(
         Device::Host if config.k.is_some() => None,
         _ => Some(device.free(0)?.saturating_sub(budget::MARGIN)),
     };
-    let mut share = room.unwrap_or(u64::MAX).min(most).min(needed) as f64 / needed as f64;
+    let mut share = room.unwrap_or(u64::MAX).min(most) as f64 / needed as f64;
     // K and MiB are promises, "as many as there is room for" is not
     let short = config.k.is_some() && room.is_some_and(|room| room < most);
     loop {

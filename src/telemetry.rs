@@ -7,8 +7,10 @@ use std::{
     path::Path,
 };
 
+use serde::{Serialize, Serializer};
+
 /// Counters over a span of time.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize)]
 pub struct Stats {
     /// Ubatches on the hot path.
     pub steps: u64,
@@ -31,11 +33,26 @@ pub struct Stats {
     /// Times the policy was asked for a plan.
     pub rebalances: u64,
     /// Time that took on the decode thread, in us.
+    #[serde(rename = "rebalance_seconds", serialize_with = "in_seconds")]
     pub rebalance_us: u64,
     /// Time JOIN worked or waited for cold experts, in us.
+    #[serde(rename = "join_wait_seconds", serialize_with = "in_seconds")]
     pub join_wait_us: u64,
     /// Time that threads spent computing cold experts, summed over threads, in us.
+    #[serde(rename = "worker_busy_seconds", serialize_with = "in_seconds")]
     pub worker_busy_us: u64,
+    /// Time of steps, in us; always of all contexts.
+    #[serde(rename = "step_seconds", serialize_with = "in_seconds")]
+    pub step_us: u64,
+}
+
+/// As Prometheus and JSON have times.
+pub fn seconds(us: u64) -> f64 {
+    us as f64 / 1e6
+}
+
+fn in_seconds<S: Serializer>(us: &u64, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_f64(seconds(*us))
 }
 
 impl Stats {
@@ -55,6 +72,7 @@ impl Stats {
             rebalance_us: self.rebalance_us - base.rebalance_us,
             join_wait_us: self.join_wait_us - base.join_wait_us,
             worker_busy_us: self.worker_busy_us - base.worker_busy_us,
+            step_us: self.step_us - base.step_us,
         }
     }
 

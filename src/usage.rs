@@ -13,9 +13,7 @@ pub struct StepUsage {
     pub cold: Vec<u32>,
     /// Ids that had a slot.
     pub hits: u64,
-    /// Ids that had none.
-    pub misses: u64,
-    /// Of these, those that the device read over the link.
+    /// Of those that had none, those that the device read over the link.
     pub linked: u64,
 }
 
@@ -23,6 +21,11 @@ impl StepUsage {
     /// Empty usage over `n_layers` layers.
     pub fn new(n_layers: usize) -> Self {
         StepUsage { ids: vec![Vec::new(); n_layers], cold: vec![0; n_layers], ..Self::default() }
+    }
+
+    /// Ids that had no slot.
+    pub fn misses(&self) -> u64 {
+        self.cold.iter().map(|n| u64::from(*n)).sum()
     }
 
     /// Whether any layer routed anything.
@@ -42,7 +45,6 @@ impl StepUsage {
         self.n_tokens = 0;
         self.sequences.clear();
         self.hits = 0;
-        self.misses = 0;
         self.linked = 0;
         self.ids.iter_mut().for_each(Vec::clear);
         self.cold.fill(0);
@@ -58,9 +60,9 @@ mod tests {
         let mut usage = StepUsage::new(1);
         usage.begin(100, &[3; 100]);
         usage.ids[0].extend([1; 200]);
-        usage.misses = 200;
+        usage.cold[0] = 200;
         usage.begin(2, &[]);
         assert!(usage.is_empty() && usage.sequences.is_empty());
-        assert_eq!((usage.n_tokens, usage.misses), (2, 0));
+        assert_eq!((usage.n_tokens, usage.misses()), (2, 0));
     }
 }

@@ -114,18 +114,11 @@ impl Drop for HostMemory {
     }
 }
 
-/// Bytes of memory that the system could give without swapping.
-pub fn available() -> Option<u64> {
+/// Bytes of host memory by the system's name for them, such as MemAvailable; `None` where it does not tell.
+pub fn memory(name: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib: u64 = text
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))?
-        .trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse()
-        .ok()?;
-    Some(kib << 10)
+    let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 /// `(ne, nb)` of a tensor as sizes.
@@ -167,7 +160,6 @@ pub unsafe fn dispatch(ctx: &Context, layer: usize, dst: &ggml_tensor) {
         }
     }
     usage.cold[layer] += cold.len() as u32;
-    usage.misses += cold.len() as u64;
     usage.hits += (n_used * n_tokens - cold.len()) as u64;
     drop(usage);
     if !cold.is_empty() {

@@ -26,9 +26,8 @@ impl Device {
             return Ok((mib << 20).saturating_sub(slots));
         }
         match self {
-            Device::Host => {
-                host::available().ok_or_else(|| "the system does not tell what memory is available".into())
-            }
+            Device::Host => host::memory("MemAvailable")
+                .ok_or_else(|| "the system does not tell what memory is available".into()),
             Device::Cuda(d) => d.memory().map(|(free, _)| free as u64).map_err(|e| e.to_string()),
         }
     }
@@ -39,9 +38,7 @@ impl Device {
             // A copy reads and writes as many bytes as a use reads, in the memory that decode is waiting
             // for: the swaps cost decode about 3% at most, also while the slots are being filled.
             Device::Host => 64,
-            // The link is idle but for activations and rows, and a copy over it takes about as long as two
-            // uses on the CPU: a quarter of the time at most.
-            Device::Cuda(_) => 8,
+            Device::Cuda(_) => cuda::USES_PER_UPLOAD,
         }
     }
 }

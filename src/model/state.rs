@@ -1,6 +1,6 @@
 //! What others can see of a pool while it runs, and change.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde::{Deserialize, Serialize};
@@ -33,7 +33,7 @@ pub struct State {
     pub slot_bytes_max: u64,
     pub registered_bytes: usize,
     pub free_bytes: Option<u64>,
-    pub stats: Counters,
+    pub stats: Stats,
     pub classes: Vec<ClassState>,
     pub skipped: Vec<Skipped>,
     pub layers: Vec<LayerState>,
@@ -60,25 +60,6 @@ pub struct Requested {
     pub k: Option<u32>,
     pub vram_mib: Option<u64>,
     pub auto: bool,
-}
-
-#[derive(Serialize, Debug)]
-#[expect(missing_docs, reason = "docs/live-view.md describes the fields")]
-pub struct Counters {
-    pub steps: u64,
-    pub tokens: u64,
-    pub hits: u64,
-    pub misses: u64,
-    pub linked: u64,
-    pub uploads: u64,
-    pub upload_bytes: u64,
-    pub evictions: u64,
-    pub copy_failures: u64,
-    pub rebalances: u64,
-    pub rebalance_seconds: f64,
-    pub join_wait_seconds: f64,
-    pub worker_busy_seconds: f64,
-    pub step_seconds: f64,
 }
 
 #[derive(Serialize, Debug)]
@@ -159,7 +140,7 @@ impl Model {
     /// Changes what `change` names.
     ///
     /// # Errors
-    /// Names the field, the value and what is allowed; nothing has changed then.
+    /// Names the field, the value and what is allowed; nothing of the pool has changed then.
     pub fn steer(&self, change: &Change) -> Result<(), String> {
         let a = self.active().ok_or("the model has no slots")?;
         let checked = |option: &str, value: String| {
@@ -218,14 +199,7 @@ impl Model {
 impl Active {
     fn activity(&self, frozen: bool, verdict: Option<crate::judge::Verdict>) -> (Activity, String) {
         match verdict {
-            Some(v) if !v.on => (
-                Activity::Off,
-                format!(
-                    "the slots do not pay: a token took {:.2} ms with them and {:.2} ms without",
-                    v.slots_us / 1e3,
-                    v.stock_us / 1e3
-                ),
-            ),
+            Some(v) if !v.on => (Activity::Off, format!("the slots do not pay: {v}")),
             _ if frozen => (Activity::Frozen, "no swaps, on request".into()),
             _ if self.planner.gave_up() => {
                 (Activity::Idle, "all experts are used alike, swaps gain nothing".into())
@@ -252,10 +226,9 @@ impl Active {
         });
         let swaps = swaps.collect();
         let class = |(class, control): (&super::Class, &super::ClassControl)| {
-            let layers: Vec<i32> = class.layers.iter().map(|l| self.layers[*l].il).collect();
             let first = &self.layers[class.layers[0]];
             ClassState {
-                layers: ranges(&layers),
+                layers: ranges(class.layers.iter().map(|l| self.layers[*l].il)),
                 types: first.matrices().map(|m| crate::ggml::type_name(m.ty)).collect(),
                 experts: class.layers.iter().map(|l| self.layers[*l].n_expert as u32).max().unwrap_or(0),
                 used: first.n_used,
@@ -292,7 +265,7 @@ impl Active {
         } else {
             Vec::new()
         };
-        let stats = Counters::new(&c.stats, c.step_time);
+        let stats = c.stats;
         drop(c);
         let (state, why) = self.activity(frozen, verdict);
         State {
@@ -322,32 +295,13 @@ impl Active {
             skipped: self
                 .skipped
                 .iter()
-                .map(|(reason, layers)| Skipped { layers: ranges(layers), reason: reason.clone() })
+                .map(|(reason, layers)| Skipped {
+                    layers: ranges(layers.iter().copied()),
+                    reason: reason.clone(),
+                })
                 .collect(),
             layers,
             swaps,
-        }
-    }
-}
-
-impl Counters {
-    fn new(s: &Stats, step_time: Duration) -> Self {
-        let seconds = |us: u64| us as f64 / 1e6;
-        Counters {
-            steps: s.steps,
-            tokens: s.tokens,
-            hits: s.hits,
-            misses: s.misses,
-            linked: s.linked,
-            uploads: s.uploads,
-            upload_bytes: s.upload_bytes,
-            evictions: s.evictions,
-            copy_failures: s.copy_failures,
-            rebalances: s.rebalances,
-            rebalance_seconds: seconds(s.rebalance_us),
-            join_wait_seconds: seconds(s.join_wait_us),
-            worker_busy_seconds: seconds(s.worker_busy_us),
-            step_seconds: step_time.as_secs_f64(),
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
-use crate::model::state::{Activity, State};
+use crate::{
+    model::state::{Activity, State},
+    telemetry::seconds,
+};
 
 /// A metric: its name without prefix, its help text, and its value in a pool.
 type Metric = (&'static str, &'static str, fn(&State) -> Option<f64>);
@@ -17,14 +20,16 @@ const COUNTERS: [Metric; 13] = [
     ("evictions_total", "Experts that lost their slot.", |s| Some(s.stats.evictions as f64)),
     ("copy_failures_total", "Copies into a slot that failed.", |s| Some(s.stats.copy_failures as f64)),
     ("rebalances_total", "Plans that took effect.", |s| Some(s.stats.rebalances as f64)),
-    ("rebalance_seconds_total", "Time of plans on the decode thread.", |s| Some(s.stats.rebalance_seconds)),
+    ("rebalance_seconds_total", "Time of plans on the decode thread.", |s| {
+        Some(seconds(s.stats.rebalance_us))
+    }),
     ("join_wait_seconds_total", "Time the graph worked on or waited for experts without a slot.", |s| {
-        Some(s.stats.join_wait_seconds)
+        Some(seconds(s.stats.join_wait_us))
     }),
     ("worker_busy_seconds_total", "Time threads computed experts without a slot, over all threads.", |s| {
-        Some(s.stats.worker_busy_seconds)
+        Some(seconds(s.stats.worker_busy_us))
     }),
-    ("step_seconds_total", "Time of decode steps with slots.", |s| Some(s.stats.step_seconds)),
+    ("step_seconds_total", "Time of decode steps with slots.", |s| Some(seconds(s.stats.step_us))),
 ];
 
 const GAUGES: [Metric; 6] = [

@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use moe_hot::{device::cuda::measure as gpu, measure};
+use moe_hot::{
+    device::{cuda::measure as gpu, host},
+    measure,
+};
 use serde::Serialize;
 
 use crate::{constants, table};
@@ -97,13 +100,6 @@ fn counts(cpus: usize) -> Vec<usize> {
     counts
 }
 
-/// Bytes of host memory by the system's name for them, `None` where it does not tell.
-pub fn memory(name: &str) -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
-    line.trim().trim_end_matches("kB").trim().parse::<usize>().ok().map(|kib| kib << 10)
-}
-
 fn buffer_bytes(cpus: usize, free: Option<usize>) -> usize {
     let wanted = (cpus * CPU_BYTES).clamp(LEAST_BYTES, MOST_BYTES);
     free.map_or(LEAST_BYTES, |free| wanted.min(free / PART_OF_FREE).max(LEAST_BYTES))
@@ -123,7 +119,7 @@ fn buffer(bytes: usize, cpus: usize) -> Vec<u8> {
 
 pub fn machine() -> Machine {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let data = buffer(buffer_bytes(cpus, memory("MemAvailable:")), cpus);
+    let data = buffer(buffer_bytes(cpus, host::memory("MemAvailable").map(|b| b as usize)), cpus);
     let counts = counts(cpus);
     let mut rates = vec![0.0f64; counts.len()];
     for _ in 0..ROUNDS {

@@ -341,7 +341,6 @@ impl Port {
                 }
             }
             usage.cold[layer] += sample.on_cpu + sample.on_link;
-            usage.misses += u64::from(sample.on_cpu + sample.on_link);
             usage.linked += u64::from(sample.on_link);
             waited += Duration::from_nanos(sample.wait_ns.into());
             if n_tokens == 1 {

@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 
 use moe_hot::{
     cold::{placement::Placement, rows::RowKernel},
-    device::cuda::{self, look, measure},
+    device::{
+        cuda::{self, look, measure},
+        host,
+    },
     ggml, gguf,
     gguf::Gguf,
 };
@@ -145,14 +148,14 @@ fn rates(m: &Machine) -> Rates {
 
 fn of_model(
     path: &Path,
+    gguf: &Gguf,
     args: &Args,
     free: Option<u64>,
     n_gpus: usize,
     rates: Rates,
 ) -> Result<ModelReport, String> {
     let file = path.display().to_string();
-    let gguf = Gguf::open(path).map_err(|e| e.to_string())?;
-    let model = Model::new(&gguf).map_err(|e| format!("{file}: {e}"))?;
+    let model = Model::new(gguf).map_err(|e| format!("{file}: {e}"))?;
     let has_gpu = free.is_some();
     let classes = model.classes(has_gpu);
     let vram = match free {
@@ -171,7 +174,7 @@ fn of_model(
         outlook::expect(&model, &classes, vram.as_ref(), rates)?
     };
     let in_ram = if has_gpu { model.experts } else { model.experts.saturating_add(model.dense) };
-    let short = probe::memory("MemAvailable:").is_some_and(|available| (available as u64) < in_ram);
+    let short = host::memory("MemAvailable").is_some_and(|available| available < in_ram);
     if short && !expected.is_empty() {
         expected.iter_mut().for_each(|e| e.likely_tokens_per_s = None);
         basis.push(
@@ -198,10 +201,8 @@ fn of_model(
 }
 
 fn report(args: &Args) -> Result<Report, String> {
-    // a model that cannot be read needs no measuring
-    if let Some(path) = &args.model {
-        Gguf::open(path).map_err(|e| e.to_string())?;
-    }
+    // first: a model that cannot be read needs no measuring
+    let gguf = args.model.as_deref().map(|path| Gguf::open(path).map_err(|e| e.to_string())).transpose()?;
     let (cuda_driver, gpus, no_gpu) = match look::look() {
         Err(e) => (None, Vec::new(), Some(e.to_string())),
         Ok(found) => {
@@ -213,17 +214,18 @@ fn report(args: &Args) -> Result<Report, String> {
     // of the first, which is the one that was measured
     let free = gpus.first().map(|c| c.free as u64);
     let rates = rates(&measured);
-    let model = args.model.as_ref().map(|path| of_model(path, args, free, gpus.len(), rates)).transpose()?;
+    let model = args.model.as_deref().zip(gguf);
+    let model = model.map(|(path, gguf)| of_model(path, &gguf, args, free, gpus.len(), rates)).transpose()?;
     let placement = Placement::of_this_process();
-    let mib = |what: &str| probe::memory(what).map(|bytes| bytes as u64 >> 20);
+    let mib = |what: &str| host::memory(what).map(|bytes| bytes >> 20);
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         cuda_kernels: cuda::kernels_built(),
         cuda_driver,
         gpus: gpus.into_iter().map(gpu).collect(),
         no_gpu,
-        ram_total_mib: mib("MemTotal:"),
-        ram_available_mib: mib("MemAvailable:"),
+        ram_total_mib: mib("MemTotal"),
+        ram_available_mib: mib("MemAvailable"),
         cpus: placement.as_ref().map_or(measured.cpus, Placement::n_cpus),
         cores: placement.as_ref().map(Placement::n_cores),
         locked_memory_kib: locked_memory()?,

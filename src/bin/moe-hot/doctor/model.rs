@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use moe_hot::{
     ggml,
     gguf::{self, Gguf, Tensor, Value},
+    model::ranges,
 };
 use serde::Serialize;
 
@@ -105,19 +106,6 @@ pub struct Model {
     pub kv_per_token: u64,
     /// Layers with a KV cache.
     pub n_kv: u64,
-}
-
-/// `0-3, 7` for 0, 1, 2, 3 and 7, which are sorted.
-fn ranges(layers: impl Iterator<Item = usize>) -> String {
-    let mut out: Vec<(usize, usize)> = Vec::new();
-    for l in layers {
-        match out.last_mut() {
-            Some((_, end)) if *end + 1 == l => *end = l,
-            _ => out.push((l, l)),
-        }
-    }
-    let text = |(a, b): (usize, usize)| if a == b { a.to_string() } else { format!("{a}-{b}") };
-    out.into_iter().map(text).collect::<Vec<_>>().join(", ")
 }
 
 fn is_expert(name: &str) -> bool {
@@ -295,21 +283,18 @@ impl Model {
 
     /// The others, by reason.
     pub fn stock(&self, gpu: bool) -> Vec<Stock> {
-        let mut by_reason: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        let mut by_reason: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
         for l in &self.layers {
             match &l.stock {
-                Some(why) => by_reason.entry(why).or_default().push(l.il),
+                Some(why) => by_reason.entry(why).or_default().push(l.il as i32),
                 None if gpu && !l.quantized => by_reason
                     .entry("the CUDA kernels for the type of its experts do not skip experts")
                     .or_default()
-                    .push(l.il),
+                    .push(l.il as i32),
                 None => {}
             }
         }
-        let stock = |(why, layers): (&str, Vec<usize>)| Stock {
-            layers: ranges(layers.into_iter()),
-            why: why.to_string(),
-        };
+        let stock = |(why, layers): (&str, Vec<i32>)| Stock { layers: ranges(layers), why: why.to_string() };
         by_reason.into_iter().map(stock).collect()
     }
 
@@ -320,7 +305,7 @@ impl Model {
             by_key.entry(&l.matrices).or_default().push(l);
         }
         let class = |(matrices, layers): (&[Matrix], Vec<&Layer>)| Class {
-            layers: ranges(layers.iter().map(|l| l.il)),
+            layers: ranges(layers.iter().map(|l| l.il as i32)),
             n_layers: layers.len() as u64,
             matrices: matrices.to_vec(),
             n_experts: layers.iter().map(|l| l.n_expert).sum(),

@@ -4,22 +4,26 @@ use std::path::Path;
 
 use moe_hot::{
     budget,
+    config::Config,
     cost::Cost,
-    policy::PolicyKind,
+    device::cuda,
+    model,
     replay::{self, Outcome, Routing},
     trace::TraceReader,
 };
 use serde::Serialize;
 
-use super::model::{Class, Layer, Model};
+use super::{
+    MIB,
+    model::{Class, Layer, Model},
+};
 use crate::probe;
 
-const MIB: f64 = (1 << 20) as f64;
 /// llama.cpp's largest ubatch: its compute buffer has that many rows of logits.
 const UBATCH: u64 = 512;
 const LOGIT_BYTES: u64 = 4;
 /// Below so many slots for each expert that a token uses, slots are unlikely to pay, as the library says too.
-const SLOTS_PER_USED: u64 = 3;
+const SLOTS_PER_USED: u64 = model::SLOTS_PER_USED as u64;
 /// A context that is worth suggesting.
 const LEAST_CONTEXT: u64 = 4096;
 
@@ -29,9 +33,6 @@ const TRACES: [(&str, &[u8]); 3] = [
     ("fiction", include_bytes!("../../../../traces/kept/fiction.trace.gz")),
     ("tech", include_bytes!("../../../../traces/kept/tech.trace.gz")),
 ];
-/// The defaults beside a GPU.
-const INTERVAL: u32 = 4;
-const USES_PER_UPLOAD: u32 = 8;
 
 /// Time of the kernels of a layer beyond what they read, in us: 270.3 tok/s with everything in VRAM are 3.70 ms a
 /// token (benches/results/2026-11-26-gpu-check-3.md: H100, 48 layers, 1.9 GB read a token, 0.66 ms at 2.9 TB/s).
@@ -235,15 +236,15 @@ fn quoted(path: &str) -> String {
 }
 
 /// What the shipped model's routing gives where this share of the experts has a slot: hit rate, and uploads a use.
-fn shipped(share: f64) -> Result<(f64, f64), String> {
+fn shipped(share: f64, config: &Config) -> Result<(f64, f64), String> {
     let mut sum = Outcome::default();
     for (name, bytes) in TRACES {
         let reader = TraceReader::unpack(bytes, Path::new(name)).map_err(|e| e.to_string())?;
         let mut routing = Routing::read(reader).map_err(|e| e.to_string())?;
-        routing.header.uses_per_upload = USES_PER_UPLOAD;
+        routing.header.uses_per_upload = cuda::USES_PER_UPLOAD;
         let n_expert = routing.header.layers.iter().map(|l| l.n_expert).max().unwrap_or(0);
         let k = ((share * f64::from(n_expert)).round() as u32).max(1);
-        sum += replay::replay(&routing, PolicyKind::Decay, k, INTERVAL, |_, _, _| {});
+        sum += replay::replay(&routing, config.policy, k, config.rebalance_interval, |_, _, _| {});
     }
     Ok((sum.hit_rate(), sum.uploads as f64 / (sum.hits + sum.misses).max(1) as f64))
 }
@@ -381,18 +382,21 @@ pub fn expect(
         rows.push(row(what.into(), hit_rate, us, SLOTS_REACHED));
     };
     slots("slots, routing without any locality", share, 0.0);
-    let (hit_rate, uploads) = shipped(share)?;
+    let config = Config::default();
+    let (hit_rate, uploads) = shipped(share, &config)?;
     slots("slots, routing like the shipped model's", hit_rate, uploads);
     let bases = vec![
         reads,
         basis_of_a_step(&gpu),
         basis_of_the_rest(&rates, &gpu),
         format!(
-            "hit rates: {:.1}% of the experts have a slot, which is the rate without locality; {:.1}% is what decay, interval \
-             {INTERVAL}, reaches there on three traces of the shipped model (traces/kept, replayed now), a model whose \
+            "hit rates: {:.1}% of the experts have a slot, which is the rate without locality; {:.1}% is what {}, interval {}, \
+             reaches there on three traces of the shipped model (traces/kept, replayed now), a model whose \
              routing is harder to cache than most (models/README.md)",
             100.0 * share,
-            100.0 * hit_rate
+            100.0 * hit_rate,
+            config.policy,
+            config.rebalance_interval
         ),
         format!(
             "likely: {} to {} of that with slots and {} to {} in stock, which is what runs reached ({REACHED}); other machines \
