@@ -402,14 +402,17 @@ def rounds(run, most, once):
 
 
 def fastest(run, table, name, modes, counts, argv, start, program=None):
-    """tok/s, load mode and threads with which a configuration decodes fastest; `start` if none runs."""
+    """tok/s, load mode and threads with which a configuration decodes fastest; `start` if none runs. A mode after the first is tried with the
+    threads that were best so far, and with the others where it is faster."""
     best = (0.0, *start)
-    for mode in modes:
+
+    def attempt(mode, counts):
+        nonlocal best
         try:
             rows, number = bench(run, f"{name}, threads, {mode}", [*argv, "-lm", mode, "-t", ",".join(map(str, counts))], 120, program=program)
         except Broken as e:
             run.check(f"tuning {name}, {mode}", str(e), "runs", False)
-            continue
+            return
         for r in rows:
             speed = middle(kept(r))
             table.append([name, mode, r["n_threads"], f"{speed:.1f}", f"[{number}]"])
@@ -417,6 +420,15 @@ def fastest(run, table, name, modes, counts, argv, start, program=None):
             # loading without mmap costs seconds each time: less than 2 % is not worth them
             if speed > best[0] * (1.02 if mode != best[1] else 1.0):
                 best = (speed, mode, r["n_threads"])
+
+    for mode in modes:
+        if not best[0]:
+            attempt(mode, counts)
+            continue
+        _, _, tried = best
+        attempt(mode, [tried])
+        if best[1] == mode and (rest := [n for n in counts if n != tried]):
+            attempt(mode, rest)
     return best
 
 
