@@ -14,6 +14,37 @@
 //!
 //! This is also why the ticket carries the total: a thread that finds nothing to claim must not have
 //! touched the request.
+//!
+//! # Memory orderings
+//!
+//! All that threads share without a lock, here and in the modules around, why each ordering is enough, and which model
+//! fails with less. Models are the tests named `loom_...`, see `model_loom`; each row was tried by weakening it in that
+//! place alone. What is not listed is relaxed: counters for people, or written before and read behind one of these.
+//!
+//! | what | ordering | why | fails without |
+//! |---|---|---|---|
+//! | `Ticket::open` | release | who claims sees the request, and the counters at zero | `mailbox`, `engine`: all with a worker |
+//! | `Ticket::claim` | acquire | the other half. Not release: a claim that follows another reads what `open` released, through the first | as above |
+//! | `Mailbox::units_done` | release | JOIN sees the rows; the next request is written behind all reads of this one | as above |
+//! | `Mailbox::done` | acquire | the other half | as above |
+//! | `failed` | relaxed | set before `units_done`, read behind `done`; reset before `open` | `join_sees_that_a_unit_failed...`, with the reset behind `open`; `a_unit_that_panics...`, with the report before the mark |
+//! | `Remote::epoch` | acquire; the device releases | the worker sees request and activations | `a_device_and_a_worker...` |
+//! | `Remote::answer` | release; the device acquires | the device sees the row, and writes the next request behind all reads of this one | `a_device_and_a_worker...`, `a_row_is_answered...` |
+//! | `Engine::remote_seen`, load | acquire | whoever sees that an epoch was taken does not then see an older one as new | `the_requests_of_a_device...`, also with the two loads the other way round |
+//! | `Engine::remote_seen`, exchange | release | the other half. Not acquire: the value is the one that was just loaded | `the_requests_of_a_device...` |
+//! | `Engine::tokens_ready`, add | release | who waits for the tokens sees them converted | `units_wait...`, `one_request_after_the_other...` |
+//! | `Engine::up_done` | acquire and release | the last of an expert's chunks converts the rows of all | `units_wait...`, with either half alone |
+//! | `Engine::hidden_ready`, store | release | who waits for an expert's rows sees them converted | `units_wait...`, `one_request_after_the_other...` |
+//! | `Engine::wait_for` | acquire | the other half of three | `units_wait...`, `one_request_after_the_other...` |
+//! | `Engine::down_done` | acquire and release | the last of an expert's chunks answers for all | `a_row_is_answered...`, with either half alone |
+//! | `Engine::is_idle` before a request is written | (`done`) | threads of one that was given up still read it | `what_was_given_up...`, `the_requests_of_a_device...` |
+//! | `WorkerPool`: `active`, `stop`, `version` | relaxed | the lock of `parked`, or of the engines, is taken behind each change and before each last look | `a_step_finds_a_worker...`, `the_end_of_a_pool...`, without the lock or with the change behind it |
+//! | `LayerMap`, store | release | a slot is in the map when its bytes are in place | `a_step_never_reads...` |
+//! | `LayerMap`, load and copy | acquire | the other half, for steps that began before | `a_step_never_reads...` |
+//! | `Model::map_version`, add behind the store | release | who saw the number has every change that it counts | `who_copies_a_map...`, also with the store behind it |
+//! | `Model::map_version`, load before the copy | acquire | the other half | `who_copies_a_map...` |
+//! | running steps, slots, orders | a lock | a slot is copied into behind the end of every step that could read it | `a_step_never_reads...`, when a step is not noted, or its age ignored |
+//! | events of the planner | a lock | who takes one holds the worker: a plan that was wished for is there | `a_plan_that_was_wished_for...`, when it is taken first |
 
 use std::{any::Any, sync::Arc};
 

@@ -14,7 +14,10 @@ use crate::cold::{Activation, Layer, Matrix};
 /// Preemptions of a run, unless LOOM_MAX_PREEMPTIONS says otherwise. Bugs that need more are rare, and each one makes
 /// the runs as many times more as a run has steps.
 #[cfg(loom)]
-const PREEMPTIONS: usize = 2;
+const PREEMPTIONS: usize = 3;
+/// The same where a run has many steps.
+#[cfg(loom)]
+const PREEMPTIONS_LONG: usize = 2;
 /// Steps of a run, after which it does not end.
 #[cfg(loom)]
 const STEPS: usize = 4000;
@@ -23,9 +26,9 @@ const STEPS: usize = 4000;
 const WAITS: u32 = 12;
 
 #[cfg(loom)]
-pub fn check(model: impl Fn() + Send + Sync + 'static) {
+fn run(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound.get_or_insert(PREEMPTIONS);
+    builder.preemption_bound.get_or_insert(preemptions);
     builder.max_branches = STEPS;
     builder.check(move || {
         crate::sync::memory::forget();
@@ -34,10 +37,26 @@ pub fn check(model: impl Fn() + Send + Sync + 'static) {
     });
 }
 
+/// Checks a model.
+#[cfg(loom)]
+pub fn check(model: impl Fn() + Send + Sync + 'static) {
+    run(PREEMPTIONS, model);
+}
+
+/// Checks a model whose runs have many steps.
+#[cfg(loom)]
+pub fn check_long(model: impl Fn() + Send + Sync + 'static) {
+    run(PREEMPTIONS_LONG, model);
+}
+
+/// Runs a model with real threads.
 #[cfg(not(loom))]
 pub fn check(model: impl Fn() + Send + Sync + 'static) {
     (0..200).for_each(|_| model());
 }
+
+#[cfg(not(loom))]
+pub use check as check_long;
 
 /// What a model begins with and does not check: one order is enough.
 pub fn prepare<T>(f: impl FnOnce() -> T) -> T {

@@ -97,14 +97,14 @@ impl WorkerPool {
     pub fn attach(&self, engine: Arc<Engine>) {
         engine.set_threads(self.len() + 1);
         self.state.engines.lock().push(engine);
-        self.state.version.fetch_add(1, Ordering::Release);
+        self.state.version.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The workers forget `engine`. One that is looking through what it knows may still look at it once, which finds
     /// nothing: nobody posts to an engine that was detached.
     pub fn detach(&self, engine: &Arc<Engine>) {
         self.state.engines.lock().retain(|e| !Arc::ptr_eq(e, engine));
-        self.state.version.fetch_add(1, Ordering::Release);
+        self.state.version.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A step begins: wakes the workers.
@@ -156,7 +156,7 @@ fn worker(state: &State) {
     let mut version = u64::MAX;
     let mut idle_since: Option<Instant> = None;
     while !state.stop.load(Ordering::Relaxed) {
-        let now = state.version.load(Ordering::Acquire);
+        let now = state.version.load(Ordering::Relaxed);
         if now != version {
             engines.clone_from(&state.engines.lock());
             version = now;
