@@ -23,7 +23,7 @@
 //!
 //! | what | ordering | why | fails without |
 //! |---|---|---|---|
-//! | `Ticket::open` | release | who claims sees the request, and the counters at zero | `mailbox`, `engine`: all with a worker |
+//! | `Ticket::open` | release | who claims sees the request, and the counters at zero | `a_claim_makes...`, `two_workers...`, `one_request_after_the_other...` |
 //! | `Ticket::claim` | acquire | the other half. Not release: a claim that follows another reads what `open` released, through the first | as above |
 //! | `Mailbox::units_done` | release | JOIN sees the rows; the next request is written behind all reads of this one | as above |
 //! | `Mailbox::done` | acquire | the other half | as above |
