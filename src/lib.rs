@@ -30,6 +30,8 @@ pub mod mailbox;
 #[cfg(feature = "cli")]
 pub mod measure;
 pub mod model;
+#[cfg(test)]
+mod model_loom;
 pub mod planner;
 #[cfg(feature = "cli")]
 pub mod plot;
@@ -38,6 +40,7 @@ pub mod profile;
 pub mod registry;
 pub mod replay;
 pub mod slots;
+pub mod sync;
 pub mod telemetry;
 pub mod trace;
 pub mod transfer;

@@ -6,17 +6,14 @@
 //! classes, allocates the slots and says what was requested and what is active.
 
 pub mod state;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicI32, AtomicU64, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
-
-use parking_lot::Mutex;
 
 use crate::{
     budget::{self, Budget, Seen},
@@ -35,6 +32,11 @@ use crate::{
     policy::{self, Key, Limits, PolicySpec, PoolShape, Routed, Swap},
     profile::hash_routers,
     slots::{Action, SlotTable, Stamp},
+    sync::{
+        Mutex,
+        atomic::{AtomicI32, AtomicU64, Ordering},
+        thread,
+    },
     telemetry::Stats,
     trace::{TraceError, TraceHeader, TraceLayer, TraceWriter},
     transfer::{Copier, HostCopier, Move, Order, Pace, Report, Resize, Transfer},
@@ -906,7 +908,7 @@ impl Model {
                 return f();
             }
             drop(c);
-            std::thread::yield_now();
+            thread::yield_now();
         }
     }
 }
@@ -989,7 +991,7 @@ impl Active {
                 return;
             }
             drop(c);
-            std::thread::sleep(Duration::from_micros(200));
+            thread::sleep(Duration::from_micros(200));
         }
     }
 
@@ -1051,7 +1053,7 @@ impl Active {
                 return;
             }
             drop(c);
-            std::thread::yield_now();
+            thread::yield_now();
         }
     }
 }

@@ -6,17 +6,15 @@
 //! boundary takes effect at the next one, however long the policy takes, so a replay decides as the run
 //! did; when it is not made by then, the boundary makes it.
 
-use std::{
-    collections::VecDeque,
-    sync::atomic::{AtomicU64, Ordering},
-    time::Instant,
-};
-
-use parking_lot::Mutex;
+use std::{collections::VecDeque, time::Instant};
 
 use crate::{
     log::{Level, log},
     policy::{Key, Limits, Policy, PoolShape, Routed, Swap},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     warm::Keeper,
 };
 
@@ -211,8 +209,14 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::policy::{PolicyKind, build};
+    use crate::{
+        model_loom::check,
+        policy::{PolicyKind, build},
+        sync::thread,
+    };
 
     fn planner(n_classes: usize) -> Planner {
         let shape = PoolShape { n_layers: 1, n_expert: 8, n_used: 2, n_slots: 2, expert_bytes: 1 };
@@ -258,5 +262,25 @@ mod tests {
         p.request(vec![request(), request()]);
         let plan = p.take().unwrap();
         assert_eq!((admitted(&plan[0]), admitted(&plan[1])), (vec![1, 2], vec![3, 4]));
+    }
+
+    #[test]
+    fn loom_a_plan_that_was_wished_for_is_there_whoever_makes_it() {
+        check(|| {
+            let p = Arc::new(planner(1));
+            let other = p.clone();
+            // another context, whose graph has been launched
+            let other = thread::spawn(move || {
+                other.work();
+                other.observe(routed(&[&[5, 6]]));
+            });
+            p.observe(routed(&[&[1, 2]]));
+            p.request(vec![request()]);
+            let plan = p.take().expect("was wished for");
+            other.join().unwrap();
+            let admitted = admitted(&plan[0]);
+            assert!(admitted == [1, 2] || admitted == [5, 6], "of what was observed last: {admitted:?}");
+            assert!(p.take().is_none(), "taken once");
+        });
     }
 }

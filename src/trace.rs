@@ -6,7 +6,7 @@
 //! file    = magic "MOEHOTRT", u32 version, u32 bytes of head, head, u32 crc32(head), block*
 //! head    = u64 model fingerprint, u32 K, u32 uses an upload, u32 layers, layers x layer
 //! layer   = u16 il, u16 n_expert, u16 n_used, u16 class, u64 bytes of an expert in all its matrices
-//! block   = u32 bytes of body, u32 crc32(body), body
+//! block   = u32 bytes of body, not 0, u32 crc32(body), body
 //! body    = record*
 //! record  = u8 1, ubatch                                  routing of one decoded ubatch
 //!         | u8 2, u16 class, u32 slot, key or none, key   a swap, planned after the record before
@@ -461,6 +461,10 @@ impl<R: Read> TraceReader<R> {
         self.body = self.bytes(u32::from_le_bytes(size), "block", begin)?;
         self.at = 0;
         self.block_begin = begin;
+        // zeros, whose checksum fits: what some file systems leave where data was lost
+        if self.body.is_empty() {
+            return Err(self.damaged("it is empty"));
+        }
         if crc != crc32fast::hash(&self.body) {
             return Err(self.damaged("its checksum does not fit"));
         }
@@ -745,6 +749,7 @@ mod tests {
             error.strip_prefix(&begin).unwrap_or_else(|| panic!("{error}")).to_string()
         };
         assert_eq!(error(&[5]), "a record is of no known kind");
+        assert_eq!(error(&[]), "it is empty");
         let u32s = |kind: u8, values: &[u32]| {
             let mut body = vec![kind];
             put(&mut body, values);

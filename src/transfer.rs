@@ -5,17 +5,19 @@
 //! never correctness, because the host copy of every expert stays valid.
 
 use std::{
-    sync::{
-        Arc,
-        mpsc::{self, Receiver, Sender},
-    },
-    thread::JoinHandle,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use parking_lot::Mutex;
-
-use crate::{device::SlotMemory, fault};
+use crate::{
+    device::SlotMemory,
+    fault,
+    sync::{
+        Mutex, memory,
+        mpsc::{self, Receiver, Sender},
+        thread::{self, JoinHandle},
+    },
+};
 
 /// Bytes to move from one place to another.
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +108,7 @@ pub struct HostCopier;
 impl Copier for HostCopier {
     fn copy(&mut self, order: &Order) -> Result<(), String> {
         for m in &order.moves {
+            memory::writes(m.dst, m.bytes);
             // SAFETY: the order's owner vouches for both ranges; slots and weights never overlap.
             unsafe { std::ptr::copy_nonoverlapping(m.src, m.dst, m.bytes) };
         }
@@ -131,7 +134,7 @@ impl Transfer {
         let out = reports.clone();
         fault::io("thread")?;
         let thread =
-            std::thread::Builder::new().name("moe-hot-copy".into()).spawn(move || run(&rx, &out, copier))?;
+            thread::Builder::new().name("moe-hot-copy".into()).spawn(move || run(&rx, &out, copier))?;
         Ok(Transfer { jobs: Some(tx), reports, thread: Some(thread) })
     }
 

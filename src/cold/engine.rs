@@ -16,18 +16,21 @@
 //! several tokens share is one group, so its weights are read once.
 
 use std::{
-    cell::UnsafeCell,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::kernel::{Layer, Line, Matrix, Target};
-use crate::fault;
-use crate::mailbox::{Claim, MAX_UNITS, Mailbox, Remote};
+use crate::{
+    fault,
+    mailbox::{Claim, MAX_UNITS, Mailbox, Remote},
+    sync::{
+        UnsafeCell,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        hint, memory, thread,
+    },
+};
 
 /// Rows are cut at multiples of this many elements: vector body and scalar tail of ggml's activations
 /// round differently, so a chunk must start where the body does. An AVX-512 register holds 16 floats,
@@ -46,8 +49,8 @@ const MIN_UNIT_BYTES: usize = 16 << 10;
 const REPORT_BOUND: Duration = Duration::from_secs(1);
 /// How long the threads of a failed request may take to leave it.
 const SETTLE_BOUND: Duration = Duration::from_millis(100);
-/// Spins between two looks at the clock (or a yield) while waiting.
-const SPINS: u32 = 256;
+/// Spins between two looks at the clock (or a yield) while waiting. loom runs the others in each of them.
+const SPINS: u32 = if cfg!(loom) { 1 } else { 256 };
 
 /// How long JOIN, and a unit, waits for other threads before the step fails. A layer's cold experts take
 /// milliseconds; this is for a worker that died, not for a slow one.
@@ -129,6 +132,48 @@ impl Part {
 }
 
 impl Request {
+    /// Cuts `rows` of `layer`, which is the layer with this index, into units; the number of groups.
+    fn fill(
+        &mut self,
+        l: &Layer,
+        layer: usize,
+        n_tokens: usize,
+        rows: impl Iterator<Item = ColdRow>,
+    ) -> usize {
+        self.layer = layer;
+        self.rows.clear();
+        self.rows.extend(rows);
+        self.rows.sort_unstable();
+        self.groups.clear();
+        for (i, r) in self.rows.iter().enumerate() {
+            match self.groups.last_mut() {
+                Some(g) if g.expert == r.expert as usize => g.end = i + 1,
+                _ => self.groups.push(Group { expert: r.expert as usize, first: i, end: i + 1 }),
+            }
+        }
+
+        self.convert_units = if l.up.from_float.is_some() { n_tokens } else { 0 };
+        let up_bytes =
+            l.up.row_bytes + l.gate.map_or(if l.merged { l.up.row_bytes } else { 0 }, |g| g.row_bytes);
+        (self.up_rows, self.up_chunks) = chunk(l.n_ff(), up_bytes);
+        (self.down_rows, self.down_chunks) = chunk(l.down.n_out, l.down.row_bytes);
+        let groups = self.groups.len();
+        while self.convert_units + groups * (self.up_chunks + self.down_chunks) > MAX_UNITS as usize {
+            self.up_rows *= 2;
+            self.down_rows *= 2;
+            self.up_chunks = l.n_ff().div_ceil(self.up_rows);
+            self.down_chunks = l.down.n_out.div_ceil(self.down_rows);
+        }
+        groups
+    }
+
+    /// Where the units of each kind end, the last of them the request's.
+    fn ends(&self) -> [u32; 3] {
+        let up_end = self.convert_units + self.groups.len() * self.up_chunks;
+        let total = up_end + self.groups.len() * self.down_chunks;
+        [self.convert_units, up_end, total].map(|n| n as u32)
+    }
+
     /// The units from `unit` on, up to `end` and to the last that does the same.
     fn part(&self, unit: usize, end: usize) -> Part {
         let Some(up) = unit.checked_sub(self.convert_units) else { return Part::Convert { token: unit } };
@@ -144,7 +189,7 @@ impl Request {
 }
 
 /// A buffer that several threads write in parts that never overlap.
-struct Shared<T>(Box<[UnsafeCell<T>]>);
+struct Shared<T>(Box<[std::cell::UnsafeCell<T>]>);
 
 // SAFETY: every element is written by the one unit that owns it and read only by units that waited
 // for that one (see the table above), or by JOIN after all are done.
@@ -152,7 +197,7 @@ unsafe impl<T: Send> Sync for Shared<T> {}
 
 impl<T: Copy + Default> Shared<T> {
     fn new(n: usize) -> Self {
-        Shared((0..n).map(|_| UnsafeCell::new(T::default())).collect())
+        Shared((0..n).map(|_| std::cell::UnsafeCell::new(T::default())).collect())
     }
 
     fn at(&self, i: usize) -> *mut T {
@@ -180,7 +225,9 @@ unsafe impl Send for Buffer {}
 impl Rows {
     fn new(n: usize, row_bytes: usize) -> Self {
         let lines = row_bytes.div_ceil(size_of::<Line>()).max(1);
-        Rows { buf: Buffer::Ours(Shared::new(n * lines)), stride: lines * size_of::<Line>() }
+        let rows = Rows { buf: Buffer::Ours(Shared::new(n * lines)), stride: lines * size_of::<Line>() };
+        memory::watch(rows.at(0), n * rows.stride);
+        rows
     }
 
     fn theirs(first: *mut u8, stride: usize) -> Self {
@@ -335,6 +382,7 @@ impl Engine {
         for t in 0..n_tokens {
             // SAFETY: the caller vouches for the source; the row holds `n_embd` elements.
             unsafe { std::ptr::copy_nonoverlapping(act(t), self.act.f32(t), n_embd) };
+            memory::writes(self.act.f32(t), n_embd * size_of::<f32>());
         }
         self.open();
     }
@@ -347,7 +395,7 @@ impl Engine {
         let seen = self.remote_seen.load(Ordering::Acquire);
         let epoch = remote.epoch();
         if epoch == seen
-            || self.remote_seen.compare_exchange(seen, epoch, Ordering::AcqRel, Ordering::Relaxed).is_err()
+            || self.remote_seen.compare_exchange(seen, epoch, Ordering::Release, Ordering::Relaxed).is_err()
         {
             return;
         }
@@ -361,11 +409,11 @@ impl Engine {
         // reported its unit. Only after a request that was given up does this take longer.
         let start = Instant::now();
         while !self.is_idle() && start.elapsed() < REPORT_BOUND {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         if self.begin(layer, n_tokens, rows) {
             // SAFETY: `begin` found that nobody looks at the request, and nothing is open yet.
-            unsafe { (*self.request.get()).remote_epoch = epoch };
+            self.request.with_mut(|req| unsafe { (*req).remote_epoch = epoch });
             self.open();
         } else {
             // SAFETY: as above, no row is answered yet.
@@ -381,34 +429,9 @@ impl Engine {
         if !idle {
             return false;
         }
-        let l = &self.layers[layer];
         // SAFETY: all units are done, so nobody else looks at the request.
-        let req = unsafe { &mut *self.request.get() };
-        req.layer = layer;
-        req.rows.clear();
-        req.rows.extend(rows);
-        req.rows.sort_unstable();
-        req.groups.clear();
-        for (i, r) in req.rows.iter().enumerate() {
-            match req.groups.last_mut() {
-                Some(g) if g.expert == r.expert as usize => g.end = i + 1,
-                _ => req.groups.push(Group { expert: r.expert as usize, first: i, end: i + 1 }),
-            }
-        }
-
-        req.convert_units = if l.up.from_float.is_some() { n_tokens } else { 0 };
-        let up_bytes =
-            l.up.row_bytes + l.gate.map_or(if l.merged { l.up.row_bytes } else { 0 }, |g| g.row_bytes);
-        (req.up_rows, req.up_chunks) = chunk(l.n_ff(), up_bytes);
-        (req.down_rows, req.down_chunks) = chunk(l.down.n_out, l.down.row_bytes);
-        let groups = req.groups.len();
-        while req.convert_units + groups * (req.up_chunks + req.down_chunks) > MAX_UNITS as usize {
-            req.up_rows *= 2;
-            req.down_rows *= 2;
-            req.up_chunks = l.n_ff().div_ceil(req.up_rows);
-            req.down_chunks = l.down.n_out.div_ceil(req.down_rows);
-        }
-
+        let groups =
+            self.request.with_mut(|req| unsafe { (*req).fill(&self.layers[layer], layer, n_tokens, rows) });
         self.tokens_ready.store(0, Ordering::Relaxed);
         for g in 0..groups {
             self.up_done[g].store(0, Ordering::Relaxed);
@@ -421,14 +444,13 @@ impl Engine {
     /// Lets threads claim the units of the request that `begin` wrote.
     fn open(&self) {
         // SAFETY: nothing is open, so nobody writes the request.
-        let req = unsafe { &*self.request.get() };
-        let total = req.convert_units + req.groups.len() * (req.up_chunks + req.down_chunks);
+        let [convert_end, up_end, total] = self.request.with(|req| unsafe { (*req).ends() });
         let epoch = self.epoch.load(Ordering::Relaxed).wrapping_add(1);
         self.epoch.store(epoch, Ordering::Relaxed);
-        self.total.store(total as u32, Ordering::Relaxed);
-        self.convert_end.store(req.convert_units as u32, Ordering::Relaxed);
-        self.up_end.store((req.convert_units + req.groups.len() * req.up_chunks) as u32, Ordering::Relaxed);
-        self.mailbox.post(epoch, total as u32);
+        self.total.store(total, Ordering::Relaxed);
+        self.convert_end.store(convert_end, Ordering::Relaxed);
+        self.up_end.store(up_end, Ordering::Relaxed);
+        self.mailbox.post(epoch, total);
     }
 
     /// Whether no thread works on a request, not even on one that was given up.
@@ -443,7 +465,7 @@ impl Engine {
             if start.elapsed() > SETTLE_BOUND {
                 return false;
             }
-            std::thread::yield_now();
+            thread::yield_now();
         }
         true
     }
@@ -469,20 +491,7 @@ impl Engine {
         let mut next = Some(first);
         while let Some(claim) = next {
             // SAFETY: the claim makes the request readable until `units_done`.
-            let req = unsafe { &*self.request.get() };
-            let end = (claim.unit + claim.n) as usize;
-            let mut at = claim.unit as usize;
-            while at < end {
-                let part = req.part(at, end);
-                if !catch_unwind(AssertUnwindSafe(|| self.compute(req, part))).unwrap_or(false) {
-                    self.mailbox.unit_failed();
-                    self.release_dependents(part);
-                }
-                if let (Some(remote), Part::Down { group, chunks }) = (&self.remote, part) {
-                    self.answer(remote, req, group, chunks);
-                }
-                at += part.len();
-            }
+            self.request.with(|req| unsafe { self.work(&*req, claim) });
             // the clock is read before the last report, after which JOIN may look at the sum
             next = self.claim();
             if next.is_none() {
@@ -491,6 +500,22 @@ impl Engine {
             self.mailbox.units_done(claim.n);
         }
         true
+    }
+
+    /// Computes the units of a claim.
+    fn work(&self, req: &Request, claim: Claim) {
+        let end = (claim.unit + claim.n) as usize;
+        let mut at = claim.unit as usize;
+        while at < end {
+            let part = req.part(at, end);
+            if !catch_unwind(AssertUnwindSafe(|| self.compute(req, part))).unwrap_or(false) {
+                self.mailbox.unit_failed();
+            }
+            if let (Some(remote), Part::Down { group, chunks }) = (&self.remote, part) {
+                self.answer(remote, req, group, chunks);
+            }
+            at += part.len();
+        }
     }
 
     /// Helps until the open request is complete; at most `bound` of waiting for other threads.
@@ -512,9 +537,9 @@ impl Engine {
                 if start.elapsed() > bound {
                     return Err(EngineError::TimedOut(bound));
                 }
-                std::thread::yield_now();
+                thread::yield_now();
             } else {
-                std::hint::spin_loop();
+                hint::spin_loop();
             }
         }
         if self.mailbox.has_failed() { Err(EngineError::Failed) } else { Ok(()) }
@@ -525,6 +550,7 @@ impl Engine {
     /// # Safety
     /// The request was finished and asked for this row; no other is posted while the slice lives.
     pub unsafe fn output(&self, row: usize, n_embd: usize) -> &[f32] {
+        memory::reads(self.out.f32(row), n_embd * size_of::<f32>());
         // SAFETY: the row holds `n_embd` elements and all writers are done.
         unsafe { std::slice::from_raw_parts(self.out.f32(row), n_embd) }
     }
@@ -565,7 +591,8 @@ impl Engine {
     }
 
     /// Waits until `counter` reaches `target`; false when it does not, because of a thread that is stuck or of a
-    /// unit that failed. Whoever brings it there has claimed its unit and is running.
+    /// unit that failed: what that one has left must not be read. Whoever brings it there has claimed its unit and is
+    /// running.
     fn wait_for(&self, counter: &AtomicU32, target: u32) -> bool {
         let mut since = None;
         let mut spins = 0u32;
@@ -577,24 +604,12 @@ impl Engine {
                     return false;
                 }
                 // more threads than cores: let the one we wait for run
-                std::thread::yield_now();
+                thread::yield_now();
             } else {
-                std::hint::spin_loop();
+                hint::spin_loop();
             }
         }
         true
-    }
-
-    /// A unit that failed still counts as done for those that wait for it; the request as a whole
-    /// is marked failed, so nobody reads its rows.
-    fn release_dependents(&self, part: Part) {
-        match part {
-            Part::Convert { .. } => {
-                self.tokens_ready.fetch_add(1, Ordering::Release);
-            }
-            Part::Up { group, .. } => self.hidden_ready[group].store(1, Ordering::Release),
-            Part::Down { .. } => {}
-        }
     }
 
     /// Answers the rows of a group with the last of its output chunks.
@@ -613,6 +628,8 @@ impl Engine {
     }
 
     fn convert(&self, layer: &Layer, token: usize) {
+        memory::reads(self.act.f32(token), layer.n_embd() * size_of::<f32>());
+        memory::writes(self.act_conv.at(token), layer.up.converted_bytes());
         // SAFETY: the rows hold `n_embd` elements in their format; this unit owns the target.
         unsafe { layer.up.convert(self.act.f32(token), self.act_conv.at(token)) };
     }
@@ -628,6 +645,15 @@ impl Engine {
         let n_ff = layer.n_ff();
         let first = chunks.first * req.up_rows;
         let end = (first + chunks.n * req.up_rows).min(n_ff);
+        for row in rows {
+            memory::reads(self.act_row(&layer.up, row.token as usize), layer.up.act_row_bytes);
+            for out in [&self.hidden, &self.up] {
+                memory::writes(
+                    out.f32(row.row as usize).wrapping_add(first),
+                    (end - first) * size_of::<f32>(),
+                );
+            }
+        }
         let project = |m: &Matrix, offset: usize, out: &Rows| {
             let target = |row: &ColdRow| Target {
                 act: self.act_row(m, row.token as usize),
@@ -667,6 +693,8 @@ impl Engine {
         let group = req.groups[g];
         for row in &req.rows[group.first..group.end] {
             let row = row.row as usize;
+            memory::reads(self.hidden.at(row), layer.n_ff() * size_of::<f32>());
+            memory::writes(self.hidden_conv.at(row), layer.down.converted_bytes());
             // SAFETY: all chunks of the group are done, and this thread is the last of them.
             unsafe { layer.down.convert(self.hidden.f32(row), self.hidden_conv.at(row)) };
         }
@@ -679,11 +707,12 @@ impl Engine {
         let end = (first + chunks.n * req.down_rows).min(m.n_out);
         let target = |row: &ColdRow| {
             let row = row.row as usize;
-            Target {
-                act: if m.from_float.is_some() { self.hidden_conv.at(row) } else { self.hidden.at(row) },
-                // SAFETY: the row holds `n_out` elements.
-                out: unsafe { self.out.f32(row).add(first) },
-            }
+            let act = if m.from_float.is_some() { self.hidden_conv.at(row) } else { self.hidden.at(row) };
+            // SAFETY: the row holds `n_out` elements.
+            let out = unsafe { self.out.f32(row).add(first) };
+            memory::reads(act, m.act_row_bytes);
+            memory::writes(out, (end - first) * size_of::<f32>());
+            Target { act, out }
         };
         // SAFETY: as in `hidden_rows`.
         unsafe { multiply(m, group.expert, first, end, &req.rows[group.first..group.end], target) };
@@ -722,4 +751,135 @@ fn chunk(n: usize, row_bytes: usize) -> (usize, usize) {
     let parts = ((bytes + unit_bytes / 2) / unit_bytes).max(1);
     let rows = n.div_ceil(parts).next_multiple_of(ROW_ALIGN);
     (rows, n.div_ceil(rows))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        mailbox::device_end::DeviceEnd,
+        model_loom::{CHUNKED, SMALL, check, check_long, expected, prepare},
+    };
+
+    const BOUND: Duration = Duration::from_secs(60);
+
+    fn engine(layer: &Layer, remote: Option<Remote>) -> Arc<Engine> {
+        let layers: Arc<[Layer]> = Arc::new([layer.clone()]);
+        Arc::new(Engine::new(layers, 1, remote))
+    }
+
+    /// `times` looks of a worker.
+    fn worker(engine: &Arc<Engine>, times: usize) -> thread::JoinHandle<()> {
+        let engine = engine.clone();
+        thread::spawn(move || (0..times).for_each(|_| _ = engine.run()))
+    }
+
+    fn post(engine: &Engine, act: f32, expert: u32) {
+        let act = vec![act; engine.layers[0].n_embd()];
+        // SAFETY: the request before was finished, and the activations are there.
+        unsafe { engine.post(0, 1, &[ColdRow { expert, token: 0, row: 0 }], |_| act.as_ptr()) };
+    }
+
+    fn finish(engine: &Engine, act: f32, expert: u32) {
+        engine.finish(BOUND).unwrap();
+        let layer = &engine.layers[0];
+        // SAFETY: the request is finished.
+        let row = unsafe { engine.output(0, layer.n_embd()) };
+        assert!(row.iter().all(|v| *v == expected(layer, expert as usize, act)), "{row:?}");
+    }
+
+    #[test]
+    fn loom_one_request_after_the_other_beside_a_worker() {
+        check_long(|| {
+            let engine = prepare(|| engine(&SMALL, None));
+            let worker = worker(&engine, 2);
+            for n in [0, 1] {
+                post(&engine, (n + 1) as f32, n);
+                finish(&engine, (n + 1) as f32, n);
+            }
+            worker.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn loom_units_wait_for_those_that_they_need() {
+        check(|| {
+            let engine = prepare(|| engine(&CHUNKED, None));
+            post(&engine, 1.0, 1);
+            let worker = worker(&engine, 1);
+            finish(&engine, 1.0, 1);
+            worker.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn loom_a_unit_that_panics_fails_its_request_and_no_other() {
+        check_long(|| {
+            let engine = prepare(|| engine(&SMALL, None));
+            let worker = worker(&engine, 2);
+            // SAFETY: a token that there is no room for is not read, the engine's bounds are in the way.
+            unsafe {
+                let act = vec![1.0; SMALL.n_embd()];
+                engine.post(0, 1, &[ColdRow { expert: 0, token: 9, row: 0 }], |_| act.as_ptr());
+            }
+            assert_eq!(engine.finish(BOUND), Err(EngineError::Failed));
+            post(&engine, 2.0, 1);
+            finish(&engine, 2.0, 1);
+            worker.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn loom_what_was_given_up_is_left_alone_until_its_threads_are_through() {
+        check_long(|| {
+            let engine = prepare(|| engine(&SMALL, None));
+            post(&engine, 1.0, 0);
+            let worker = worker(&engine, 1);
+            let first = engine.finish(Duration::ZERO);
+            assert!(matches!(first, Ok(()) | Err(EngineError::TimedOut(_))), "{first:?}");
+            post(&engine, 2.0, 1);
+            if engine.finish(BOUND).is_ok() {
+                finish(&engine, 2.0, 1);
+            }
+            worker.join().unwrap();
+            post(&engine, 3.0, 0);
+            finish(&engine, 3.0, 0);
+        });
+    }
+
+    #[test]
+    fn loom_a_row_is_answered_when_all_of_its_chunks_are_there() {
+        check_long(|| {
+            let (device, engine) = prepare(|| {
+                let device = DeviceEnd::new(CHUNKED.n_embd());
+                let engine = engine(&CHUNKED, Some(device.remote()));
+                (device, engine)
+            });
+            device.post(1, 1.0, &[1]);
+            let worker = worker(&engine, 1);
+            let row = device.wait(1, 0, || engine.run()).expect("no row fails");
+            assert!(row.iter().all(|v| *v == expected(&CHUNKED, 1, 1.0)), "{row:?}");
+            worker.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn loom_the_requests_of_a_device_are_taken_once_each_and_answered() {
+        check_long(|| {
+            let (device, engine) = prepare(|| {
+                let device = DeviceEnd::new(SMALL.n_embd());
+                let engine = engine(&SMALL, Some(device.remote()));
+                (device, engine)
+            });
+            let worker = worker(&engine, 2);
+            for epoch in [1, 2] {
+                device.post(epoch, epoch as f32, &[epoch - 1]);
+                // beside the device this thread is a worker, which spares the model a thread
+                let row = device.wait(epoch, 0, || engine.run()).expect("no row fails");
+                let is = expected(&SMALL, epoch as usize - 1, epoch as f32);
+                assert!(row.iter().all(|v| *v == is), "{row:?}");
+            }
+            worker.join().unwrap();
+        });
+    }
 }

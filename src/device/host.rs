@@ -13,6 +13,7 @@ use crate::{
     context::Context,
     fault,
     ggml::ggml_tensor,
+    sync,
 };
 
 /// Largest ubatch that takes the hot path, in tokens.
@@ -54,6 +55,7 @@ impl HostMemory {
             return Err(io::Error::last_os_error().to_string());
         }
         let memory = HostMemory { ptr: ptr.cast(), reserved, bytes: AtomicUsize::new(0) };
+        sync::memory::watch(memory.ptr, reserved);
         memory.resize(bytes)?;
         Ok(memory)
     }
@@ -102,6 +104,7 @@ impl HostMemory {
     /// Copies the bytes from `at` on to `out`, which ends within the memory; nobody writes to them meanwhile.
     pub fn read(&self, at: usize, out: &mut [u8]) {
         assert!(at + out.len() <= self.bytes(), "{} bytes from {at} on of {}", out.len(), self.bytes());
+        sync::memory::reads(self.ptr().wrapping_add(at), out.len());
         // SAFETY: the bytes are in the memory, and `out` is not.
         unsafe { self.ptr().add(at).copy_to_nonoverlapping(out.as_mut_ptr(), out.len()) };
     }
