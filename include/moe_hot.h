@@ -193,6 +193,16 @@ const char *moe_hot_option_get(const char *name);
 // `enabled` is null or valid for a write.
 enum moe_hot_status moe_hot_enabled(bool *enabled);
 
+// Bytes of slots that the options ask for in layers of `n_expert` experts, one expert of each of which takes
+// `expert_bytes` together; 0 when they ask for as many as there is memory for, or for none. Fails when an option in
+// the environment is not allowed.
+//
+// # Safety
+// `bytes` is null or valid for a write.
+enum moe_hot_status moe_hot_wanted(uint64_t expert_bytes,
+                                   uint32_t n_expert,
+                                   uint64_t *bytes);
+
 // Attaches a context to the pool of `model` (any address that identifies the model), which is made
 // when there is none. With a pool that is not active yet, offer layers and activate.
 //

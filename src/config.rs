@@ -95,6 +95,16 @@ impl Config {
         self.k.filter(|k| *k > 0).map_or(n_expert, |k| k.min(n_expert))
     }
 
+    /// Bytes of slots asked for in layers of `n_expert` experts, one of each of which takes `expert_bytes` together. 0 where
+    /// the answer is as many as there is memory for: that is no number to keep free.
+    pub fn wanted(&self, expert_bytes: u64, n_expert: u32) -> u64 {
+        if !self.enabled() || (self.k.is_none() && self.vram.is_none()) {
+            return 0;
+        }
+        let most = self.vram.unwrap_or(u64::MAX);
+        expert_bytes.saturating_mul(self.slots_of(n_expert).into()).min(most)
+    }
+
     /// What was asked for, in the words of the options.
     pub fn requested(&self) -> String {
         let k = self.k.map_or("auto".into(), |k| k.to_string());
@@ -513,6 +523,25 @@ mod tests {
         o.set("moe-hot-vram", None).unwrap();
         o.set("moe-hot-k", Some("16")).unwrap();
         assert_eq!(told(&o), (true, 16, "K = 16".into()));
+    }
+
+    #[test]
+    fn what_is_asked_for_in_bytes() {
+        let wanted = |options: &[(&str, &str)]| {
+            let mut o = Options::new();
+            for (name, value) in options {
+                o.set(name, Some(value)).unwrap();
+            }
+            o.snapshot(no_env).unwrap().wanted(1 << 20, 64)
+        };
+        assert_eq!(wanted(&[]), 0);
+        assert_eq!(wanted(&[("moe-hot-k", "16")]), 16 << 20);
+        assert_eq!(wanted(&[("moe-hot-k", "100")]), 64 << 20, "there are no more experts");
+        assert_eq!(wanted(&[("moe-hot-k", "16"), ("moe-hot-vram", "10")]), 10 << 20);
+        assert_eq!(wanted(&[("moe-hot-vram", "10")]), 10 << 20);
+        assert_eq!(wanted(&[("moe-hot-vram", "300")]), 64 << 20);
+        assert_eq!(wanted(&[("moe-hot-k", "auto"), ("moe-hot-vram", "10")]), 10 << 20);
+        assert_eq!(wanted(&[("moe-hot-k", "auto")]), 0, "whatever there is");
     }
 
     #[test]

@@ -367,6 +367,26 @@ pub unsafe extern "C" fn moe_hot_enabled(enabled: *mut bool) -> moe_hot_status {
     })
 }
 
+/// Bytes of slots that the options ask for in layers of `n_expert` experts, one expert of each of which takes
+/// `expert_bytes` together; 0 when they ask for as many as there is memory for, or for none. Fails when an option in
+/// the environment is not allowed.
+///
+/// # Safety
+/// `bytes` is null or valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_wanted(expert_bytes: u64, n_expert: u32, bytes: *mut u64) -> moe_hot_status {
+    guard(|| {
+        let bytes = deref!(bytes, as_mut);
+        match config::snapshot() {
+            Ok(c) => {
+                *bytes = c.wanted(expert_bytes, n_expert);
+                MOE_HOT_OK
+            }
+            Err(e) => fail(MOE_HOT_INVALID_ARGUMENT, &e.to_string()),
+        }
+    })
+}
+
 /// Attaches a context to the pool of `model` (any address that identifies the model), which is made
 /// when there is none. With a pool that is not active yet, offer layers and activate.
 ///

@@ -63,6 +63,8 @@ fn a_worker_that_panics_fails_its_step_only() {
 #[test]
 fn a_worker_that_stalls_fails_a_step_and_the_stock_graph_goes_on() {
     // no machine is so slow that a sound worker is late by as much: the one failure is the stall's
+    // on a busy machine workers get few units of so small a model
+    const TOKENS: u32 = 1000;
     let messages = survives(TOKENS, "stall=20,stall_ms=600000,bound=5000");
     assert_eq!(messages.matches("failed at ").count(), 1, "{messages}");
     for said in [

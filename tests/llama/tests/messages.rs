@@ -328,6 +328,35 @@ fn tools_refuse_bad_values_as_flag_and_in_the_environment() {
     }
 }
 
+/// MiB that --fit expects the shipped model to take: host memory, when there is no GPU.
+fn projected(options: &[&str]) -> i64 {
+    let model = paths::shipped_model();
+    let model = ["-m", model.to_str().expect("a path in UTF-8"), "-c", "512", "-lv", "4"];
+    // the last model counts
+    let out = tool("llama-completion", "olmoe", &[&model, options].concat(), &[("CUDA_VISIBLE_DEVICES", "")]);
+    let text = all_output(&out);
+    assert!(out.status.success(), "{text}");
+    let (_, after) = text.split_once("projected to use ").unwrap_or_else(|| panic!("no --fit in\n{text}"));
+    after.split(' ').next().and_then(|n| n.parse().ok()).expect("a number of MiB")
+}
+
+#[test]
+fn slots_are_part_of_what_is_fitted() {
+    let without = projected(&["--no-repack"]);
+    // 384 experts of 54 KiB
+    for (options, mib) in [
+        (["--moe-hot-k", "64"], 20),
+        (["--moe-hot-k", "32"], 10),
+        (["--moe-hot-vram", "7"], 7),
+        // as many as there is room for: nothing to keep free
+        (["--moe-hot-k", "auto"], 0),
+        (["--moe-hot-k", "0"], 0),
+    ] {
+        let more = projected(&[&["--no-repack"], &options[..]].concat()) - without;
+        assert!((more - mib).abs() <= 1, "{options:?}: {more} MiB more, not {mib}");
+    }
+}
+
 #[test]
 fn tools_say_what_is_not_as_requested() {
     let out = tool("llama-completion", "olmoe", &["--moe-hot-k", "100"], &[]);
