@@ -153,7 +153,7 @@ class Model:
             })
         return {
             "name": self.name,
-            "state": "frozen" if self.frozen else "on", "why": "no swaps, on request" if self.frozen else "",
+            "state": "frozen" if self.frozen else "on", "why": "no swaps, on request" if self.frozen else "", "frozen": self.frozen,
             "requested": self.requested, "k": self.k, "interval": self.interval, "policy": self.policy,
             "link": True, "threads": 15, "device": "CUDA0 mock",
             "slots": slots, "slots_max": most, "slots_used": used,

@@ -151,6 +151,7 @@ fn the_slots_are_seen_counted_and_steered_while_answers_stay_stocks() {
 
     let (status, now) = post(&server, r#"{"frozen": true, "save_profile": true}"#);
     assert_eq!((status, &now["models"][0]["state"]), (200, &json!("frozen")));
+    assert_eq!(now["models"][0]["frozen"], true);
     assert!(profile.is_file());
     ask(&server, prompts[3], 8);
     let uploads = |v: &Value| v["models"][0]["stats"]["rebalances"].as_u64();
