@@ -185,7 +185,9 @@ fn a_server_in_use_stays_as_it_is() {
         half(true)[1],
         pool["stats"],
     );
-    assert!(last.1 <= first.1 + GROWTH, "memory grows: {samples:?}");
+    // ThreadSanitizer remembers more and more
+    let sanitized = std::env::var_os("TSAN_OPTIONS").is_some();
+    assert!(sanitized || last.1 <= first.1 + GROWTH, "memory grows: {samples:?}");
     assert!(last.2 <= first.2 + 4, "descriptors leak: {samples:?}");
     assert!(compared.load(Ordering::Relaxed) >= 4 && sizes >= 6);
     assert!(pool["slots_used"].as_u64() <= pool["slots"].as_u64(), "{pool}");
