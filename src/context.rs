@@ -45,6 +45,9 @@ pub struct Context {
     /// Shared with the kernels when the slots are in VRAM.
     port: Option<Port>,
     lanes: Mutex<Measured>,
+    /// By layer: where its experts are that had their slots for good when the context was made. Whether a layer has
+    /// nodes must not depend on when that is asked: they count its uses.
+    resident: Box<[Option<usize>]>,
     /// Hits a token in layers without nodes.
     uncounted: u64,
     usage: Mutex<StepUsage>,
@@ -127,13 +130,16 @@ impl Context {
         let engine = Arc::new(Engine::new(layers.clone(), max_tokens, remote));
         model.attach(&engine);
         let usage = StepUsage::new(layers.len());
+        let resident: Box<[_]> = (0..layers.len()).map(|l| model.resident_from(l)).collect();
+        let without_nodes = layers.iter().zip(&resident).filter(|(_, first)| first.is_some());
         let base = model.stats();
         Ok(Context {
             id,
             engine,
             port,
             lanes: Mutex::new(Measured { lanes, samples: Vec::new() }),
-            uncounted: model.uncounted(),
+            uncounted: without_nodes.map(|(l, _)| l.n_used as u64).sum(),
+            resident,
             prompt: Mutex::new(usage.clone()),
             usage: Mutex::new(usage),
             cold: Mutex::default(),
@@ -154,6 +160,11 @@ impl Context {
     /// The pool it works on.
     pub fn model(&self) -> &Arc<Model> {
         &self.model
+    }
+
+    /// The slot of a layer's expert 0 when the layer has no nodes in this context, see [`Model::resident_from`].
+    pub fn resident_from(&self, layer: usize) -> Option<usize> {
+        self.resident[layer]
     }
 
     /// Its cold engine.

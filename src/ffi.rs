@@ -629,9 +629,10 @@ pub unsafe extern "C" fn moe_hot_get_slots(
     guard(|| {
         let ctx = live!(ctx);
         let out = deref!(out, as_mut);
-        if ctx.context.is_none() || layer < 0 || layer as usize >= ctx.ops.len() {
+        let Some(context) = ctx.context.as_ref().filter(|_| layer >= 0 && (layer as usize) < ctx.ops.len())
+        else {
             return fail(MOE_HOT_INVALID_ARGUMENT, &format!("moe-hot: there is no hot layer {layer}"));
-        }
+        };
         let class = ctx.model.class_of(layer as usize);
         *out = moe_hot_slots {
             n_slots: class.capacity,
@@ -640,7 +641,7 @@ pub unsafe extern "C" fn moe_hot_get_slots(
             bytes: [0; 3],
             on_device: false,
             link: [ptr::null_mut(); 3],
-            resident: ctx.model.resident_from(layer as usize).map_or(-1, |first| first as i32),
+            resident: context.resident_from(layer as usize).map_or(-1, |first| first as i32),
         };
         for (i, m) in class.memory.iter().enumerate() {
             out.data[i] = m.ptr().cast();

@@ -724,18 +724,15 @@ impl Model {
         let layers = &a.classes[class].layers;
         let keys = policy::all_keys(layers.iter().map(n_expert));
         let mut control = a.control.lock();
-        if control.trace.is_some() || !control.classes[class].table.holds(&keys) {
+        let traced = control.trace.is_some();
+        let class = &mut control.classes[class];
+        // slots that are about to close hold nothing for good
+        if traced || class.wanted < keys.len() || !class.table.holds(&keys) {
             return None;
         }
-        control.classes[class].resident = true;
+        class.resident = true;
         // as `fill` has placed them
         Some(layers[..usize::from(member)].iter().map(n_expert).sum())
-    }
-
-    /// Experts a token that the layers route whose experts are all resident: nobody counts them.
-    pub fn uncounted(&self) -> u64 {
-        let layers = self.layers();
-        (0..layers.len()).filter(|l| self.resident_from(*l).is_some()).map(|l| layers[l].n_used as u64).sum()
     }
 
     /// Where the device reads all experts of a layer in place, by matrix; empty when it does not.

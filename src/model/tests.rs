@@ -130,3 +130,44 @@ fn loom_who_copies_a_map_learns_of_every_later_change() {
         end(&model, 1, 1);
     });
 }
+
+/// A pool that has grown, and has all experts in slots, in their order.
+#[cfg(not(loom))]
+fn filled(model: &Model) {
+    let fill = |expert: u16| {
+        while model.map(0).slot(expert.into()) < 0 {
+            step(model, 0, expert);
+            model.settle();
+        }
+    };
+    fill(0);
+    model.resize((N_EXPERT * SMALL.expert_bytes()) as u64).unwrap();
+    fill(1);
+    assert_eq!((model.map(0).slot(0), model.map(0).slot(1)), (0, 1));
+}
+
+#[cfg(not(loom))]
+#[test]
+fn a_context_keeps_the_nodes_that_it_began_with() {
+    let model = pool();
+    let context = |id| crate::context::Context::new(id, model.clone()).unwrap();
+    let early = context(1);
+    filled(&model);
+    assert_eq!((early.resident_from(0), context(2).resident_from(0)), (None, Some(0)));
+}
+
+#[cfg(not(loom))]
+#[test]
+fn slots_that_are_about_to_close_are_nobodys_for_good() {
+    let model = pool();
+    filled(&model);
+    begin(&model, 1);
+    // what cannot happen before the step ends
+    model.pool().want(SMALL.expert_bytes() as u64);
+    assert_eq!(model.resident_from(0), None);
+    end(&model, 1, 0);
+    begin(&model, 1);
+    assert_eq!(model.n_slots(), 1);
+    end(&model, 1, 0);
+    assert_eq!(model.resident_from(0), None);
+}

@@ -149,6 +149,10 @@ fn change(body: &[u8]) -> Result<(), String> {
     if body.len() > MAX_BODY {
         return Err(format!("the body has {} bytes, expected at most {MAX_BODY}", body.len()));
     }
+    // a list would be read, too, as the fields in their order
+    if !body.trim_ascii_start().starts_with(b"{") {
+        return Err("the body: expected a JSON object".into());
+    }
     let change: Change = serde_json::from_slice(body).map_err(|e| format!("the body: {e}"))?;
     registry::visit(|models| {
         let names = || models.iter().filter_map(|m| m.name()).collect::<Vec<_>>().join(", ");
@@ -199,6 +203,8 @@ mod tests {
         assert!(refused(b"{\"k\": -1}", true).1.contains("invalid value: integer `-1`, expected u32"));
         assert!(refused(&[b' '; MAX_BODY + 1], true).1.ends_with("expected at most 16384"));
         assert!(refused(b"\xff", true).1.starts_with("the body: "));
+        let list = b"[null, 1, null, null, null, null, false]";
+        assert_eq!(refused(list, true).1, "the body: expected a JSON object");
     }
 
     #[test]
