@@ -475,6 +475,8 @@ pub(super) struct World {
     given: Vec<usize>,
     live: BTreeMap<usize, Context>,
     decoded: u32,
+    /// Bytes of reasons for layers that are skipped, which answers have again.
+    pub reasons: usize,
     /// Who changes a size while a step runs waits in vain for two seconds: once is enough.
     pub waited: bool,
 }
@@ -665,6 +667,7 @@ impl World {
             Call::Skip { ctx, il, reason } => {
                 let ctx = self.handle(ctx);
                 let reason = c_string(reason);
+                self.reasons += reason.as_ref().map_or(0, |r| r.count_bytes());
                 // SAFETY: a string or null.
                 let status = unsafe { moe_hot_skip(handle(ctx), il, pointer(&reason)) };
                 expect(status, check(self.live.contains_key(&ctx) && utf8(&reason).is_some()));

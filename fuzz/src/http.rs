@@ -315,7 +315,7 @@ impl World {
         };
         let (m, p) = (c_string(Some(method.as_bytes())), c_string(Some(path.as_bytes())));
         let names: usize = self.names().iter().map(|n| n.len()).sum();
-        let sent = method.len() + path.len() + body.len();
+        let sent = method.len() + path.len() + body.len() + self.reasons;
         let bound = FIXED + tables + PER_BYTE * sent + PER_BYTE_OF_NAMES * names;
         let at = if body.is_empty() { ptr::null() } else { body.as_ptr() };
         let (status, answer) =
