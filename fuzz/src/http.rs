@@ -20,7 +20,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value};
 
 use super::{
-    abi::{Out, Pool, Text, World, c_string, expect, place, pointer, usable, utf8},
+    abi::{Class, Out, Pool, Text, Wired, World, c_string, expect, place, pointer, usable, utf8},
     memory::bounded,
 };
 
@@ -449,7 +449,7 @@ impl World {
         for (m, pool) in models.iter().zip(self.seen()) {
             self.fixed(m, pool);
             let (config, pool) = &self.pools[pool];
-            let bytes = |c: &super::abi::Class| c.n_keys * pool.layers[c.layers[0]].expert_bytes();
+            let bytes = |c: &Class| c.n_keys * pool.layers[c.layers[0]].expert_bytes();
             assert_eq!(m["slot_bytes_max"], pool.classes.iter().map(bytes).sum::<usize>());
             assert_eq!(m["slots_max"], pool.classes.iter().map(|c| c.n_keys).sum::<usize>());
             let requested = &m["requested"];
@@ -458,7 +458,7 @@ impl World {
             assert_eq!(requested["auto"], config.k.is_none());
             layers(m, pool);
             let n_experts = |il: &Value| {
-                let of = |l: &&super::abi::Wired| Value::from(l.il) == *il;
+                let of = |l: &&Wired| *il == l.il;
                 pool.layers.iter().filter(of).map(|l| l.n_expert as u64).max()
             };
             for s in m["swaps"].as_array().expect("a list") {
@@ -492,7 +492,7 @@ impl World {
         if let Some(open) = pool.open() {
             assert_eq!(m["slots"], open);
             assert_eq!(m["k"], open / pool.layers.len());
-            let bytes = |c: &super::abi::Class| c.open.unwrap() * pool.layers[c.layers[0]].expert_bytes();
+            let bytes = |c: &Class| c.open.unwrap() * pool.layers[c.layers[0]].expert_bytes();
             assert_eq!(m["slot_bytes"], pool.classes.iter().map(bytes).sum::<usize>());
         }
         let classes = m["classes"].as_array().expect("a list");
