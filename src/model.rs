@@ -359,6 +359,10 @@ impl Model {
             }
             None
         };
+        // who asks for none is not expected here, but would get one for every expert
+        if !self.config.enabled() {
+            return not_active("no slots are asked for");
+        }
         if offers.layers.is_empty() {
             return not_active(if offers.skipped.is_empty() {
                 "the model has no MoE layers"

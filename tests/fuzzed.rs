@@ -42,3 +42,8 @@ fn replays() {
 fn calls_of_the_abi() {
     every_file("abi", targets::abi::run);
 }
+
+#[test]
+fn requests() {
+    every_file("http", targets::http::run);
+}

@@ -17,21 +17,27 @@ use std::{
 
 use arbitrary::{Arbitrary, Unstructured};
 use moe_hot::{
-    config::{Config, Options},
+    config::{AutoOff, Config, Options},
     device::{cuda, host},
     ffi::{moe_hot_activation::*, moe_hot_status::*, *},
     ggml::ggml_tensor,
+    policy::PolicySpec,
 };
 
-use super::config::OPTIONS;
+use super::{
+    config::OPTIONS,
+    http::{self, Request, Settings},
+};
 
 const N_EMBD: usize = 32;
 const MAX_EXPERTS: usize = 8;
 /// Most calls: long inputs find nothing that short ones do not.
 const MAX_CALLS: usize = 64;
+/// Most steps that [`Call::Decode`] makes, over all calls.
+const MAX_DECODED: u32 = 2000;
 
 /// Weights that layers are made of.
-struct Weights {
+pub(super) struct Weights {
     n_ff: usize,
     activation: moe_hot_activation,
     merged: bool,
@@ -153,7 +159,7 @@ enum Handle {
 
 /// A place for an answer.
 #[derive(Arbitrary, Clone, Copy, PartialEq, Eq, Debug)]
-enum Out {
+pub(super) enum Out {
     Valid,
     Null,
     /// Where the type has an alignment.
@@ -195,7 +201,7 @@ struct Offered {
 }
 
 /// A string argument; none: null.
-type Text<'a> = Option<&'a [u8]>;
+pub(super) type Text<'a> = Option<&'a [u8]>;
 
 #[derive(Arbitrary, Debug)]
 enum Name<'a> {
@@ -302,43 +308,137 @@ enum Call<'a> {
     Texts {
         ctx: Handle,
     },
+    GraphVersion {
+        ctx: Handle,
+    },
+    Observes {
+        ctx: Handle,
+        n_tokens: u32,
+    },
+    GiveBack {
+        device: Text<'a>,
+        bytes: usize,
+    },
+    Http {
+        request: Request<'a>,
+        out: Out,
+    },
+    /// Steps of one token, which may find that slots do not pay.
+    Decode {
+        ctx: Handle,
+        n: u8,
+    },
+    /// A step during which settings change, and another context computes.
+    Meanwhile {
+        ctx: Handle,
+        other: Handle,
+        n_tokens: u8,
+        seed: u8,
+        settings: Settings<'a>,
+    },
 }
 
 /// A layer of a pool, as it was offered.
 #[derive(Clone, Copy)]
-struct Wired {
-    weights: usize,
-    n_expert: usize,
-    n_used: usize,
+pub(super) struct Wired {
+    pub weights: usize,
+    pub il: i32,
+    pub n_expert: usize,
+    pub n_used: usize,
     max_tokens: u32,
 }
 
+impl Wired {
+    /// Elements of an expert by matrix, which those have in common that share slots.
+    fn shape(&self) -> [usize; 3] {
+        let w = &WEIGHTS[self.weights];
+        [&w.gate, &w.up, &w.down].map(|m| m.len() / MAX_EXPERTS)
+    }
+
+    pub fn expert_bytes(&self) -> usize {
+        self.shape().iter().sum::<usize>() * size_of::<f32>()
+    }
+}
+
+/// Layers that share slots.
+pub(super) struct Class {
+    pub layers: Vec<usize>,
+    /// Experts of all of them.
+    pub n_keys: usize,
+    /// Slots that it has; `None` when a step ran while they were changed: then it is known at the next change.
+    pub open: Option<usize>,
+    /// A context was told that all experts have their slots for good.
+    pub resident: bool,
+}
+
 /// What the model knows of a pool.
-#[derive(Default)]
-struct Pool {
-    layers: Vec<Wired>,
+pub(super) struct Pool {
+    pub layers: Vec<Wired>,
     /// One of them is on a GPU that is not there.
     on_device: bool,
-    active: Option<bool>,
+    pub active: Option<bool>,
     contexts: usize,
+    /// Of those below it is made on activation.
+    pub classes: Vec<Class>,
+    pub name: String,
+    pub interval: u32,
+    pub policy: PolicySpec,
+    pub frozen: bool,
+    /// No context can find that slots do not pay.
+    pub always: bool,
 }
 
 impl Pool {
-    /// `(addresses for slots, resident_from)` of the class of each layer, with the slots that `config` asks for.
-    fn slots(&self, config: &Config) -> Vec<(u32, Option<usize>)> {
-        let class = |l: &Wired| {
-            let w = &WEIGHTS[l.weights];
-            (w.gate.len(), w.up.len(), w.down.len())
-        };
-        let of = |l: &Wired| {
-            let members: Vec<&Wired> = self.layers.iter().filter(|m| class(m) == class(l)).collect();
-            let widest = members.iter().map(|m| m.n_expert).max().unwrap_or(0);
-            let n_slots = config.slots_of(widest as u32) as usize * members.len();
-            let n_keys: usize = members.iter().map(|m| m.n_expert).sum();
-            let before = members.iter().take_while(|m| m.weights != l.weights).map(|m| m.n_expert).sum();
-            (n_keys as u32, (n_keys <= n_slots).then_some(before))
-        };
-        self.layers.iter().map(of).collect()
+    fn new(config: &Config) -> Self {
+        Pool {
+            layers: Vec::new(),
+            on_device: false,
+            active: None,
+            contexts: 0,
+            classes: Vec::new(),
+            name: String::new(),
+            interval: config.rebalance_interval,
+            policy: config.policy,
+            frozen: false,
+            always: config.auto_off != AutoOff::On,
+        }
+    }
+
+    /// Groups the layers, with the slots that `config` asks for.
+    fn activate(&mut self, config: &Config, name: &str) {
+        self.name = name.into();
+        for layer in 0..self.layers.len() {
+            let shape = self.layers[layer].shape();
+            match self.classes.iter_mut().find(|c| self.layers[c.layers[0]].shape() == shape) {
+                Some(class) => class.layers.push(layer),
+                None => {
+                    self.classes.push(Class { layers: vec![layer], n_keys: 0, open: None, resident: false })
+                }
+            }
+        }
+        for class in &mut self.classes {
+            let experts = || class.layers.iter().map(|l| self.layers[*l].n_expert);
+            class.n_keys = experts().sum();
+            let each = config.slots_of(experts().max().unwrap_or(0) as u32) as usize;
+            let open = class.n_keys.min(each * class.layers.len());
+            class.open = Some(open);
+            class.resident = open == class.n_keys;
+        }
+    }
+
+    pub fn class_of(&self, layer: usize) -> &Class {
+        self.classes.iter().find(|c| c.layers.contains(&layer)).expect("each layer has one")
+    }
+
+    /// Where the experts of a layer begin among those of its class.
+    fn first(&self, layer: usize) -> usize {
+        let members = &self.class_of(layer).layers;
+        members.iter().take_while(|l| **l != layer).map(|l| self.layers[*l].n_expert).sum()
+    }
+
+    /// Slots of all classes, where they are known.
+    pub fn open(&self) -> Option<usize> {
+        self.classes.iter().map(|c| c.open).sum()
     }
 }
 
@@ -347,10 +447,16 @@ struct Context {
     key: u8,
     pool: usize,
     active: bool,
+    /// By layer, since activation: where its experts are that have their slots for good.
+    resident: Vec<Option<usize>>,
     /// Tokens of the hot step that runs.
     begun: Option<u64>,
     /// Hits and misses since the last reset.
     uses: u64,
+    /// Of its graphs. Odd: slots are not used for now.
+    version: u64,
+    /// Its last step was of one token.
+    decoded: bool,
 }
 
 unsafe extern "C" fn receive(_level: i32, text: *const c_char, user_data: *mut c_void) {
@@ -361,34 +467,39 @@ unsafe extern "C" fn receive(_level: i32, text: *const c_char, user_data: *mut c
 
 /// The model: what the library must know.
 #[derive(Default)]
-struct World {
+pub(super) struct World {
     options: Options,
-    pools: Vec<(Config, Pool)>,
+    pub pools: Vec<(Config, Pool)>,
     /// Pool by the address of its model.
-    models: BTreeMap<u8, usize>,
+    pub models: BTreeMap<u8, usize>,
     given: Vec<usize>,
     live: BTreeMap<usize, Context>,
+    decoded: u32,
+    /// Bytes of reasons for layers that are skipped, which answers have again.
+    pub reasons: usize,
+    /// Who changes a size while a step runs waits in vain for two seconds: once is enough.
+    pub waited: bool,
 }
 
 /// Something with an address.
 static ADDRESS: [u64; 2] = [0; 2];
 
-fn c_string(text: Text<'_>) -> Option<CString> {
+pub(super) fn c_string(text: Text<'_>) -> Option<CString> {
     let text = text?;
     let end = text.iter().position(|b| *b == 0).unwrap_or(text.len());
     Some(CString::new(&text[..end]).expect("it ends at the first zero byte"))
 }
 
-fn pointer(text: &Option<CString>) -> *const c_char {
+pub(super) fn pointer(text: &Option<CString>) -> *const c_char {
     text.as_ref().map_or(ptr::null(), |t| t.as_ptr())
 }
 
-fn utf8(text: &Option<CString>) -> Option<&str> {
+pub(super) fn utf8(text: &Option<CString>) -> Option<&str> {
     text.as_ref()?.to_str().ok()
 }
 
 /// Where an answer of type `T` goes.
-fn place<T>(out: Out, at: &mut [T; 2]) -> *mut T {
+pub(super) fn place<T>(out: Out, at: &mut [T; 2]) -> *mut T {
     match out {
         Out::Valid => at.as_mut_ptr(),
         Out::Null => ptr::null_mut(),
@@ -397,7 +508,7 @@ fn place<T>(out: Out, at: &mut [T; 2]) -> *mut T {
     }
 }
 
-fn usable<T>(out: Out) -> bool {
+pub(super) fn usable<T>(out: Out) -> bool {
     out == Out::Valid || (out == Out::Misaligned && align_of::<T>() == 1)
 }
 
@@ -407,35 +518,46 @@ fn error() -> String {
 }
 
 #[track_caller]
-fn expect(status: moe_hot_status, expected: moe_hot_status) {
+pub(super) fn expect(status: moe_hot_status, expected: moe_hot_status) {
     assert_eq!(status, expected, "last error: {}", error());
     assert!(status == MOE_HOT_OK || !error().is_empty());
 }
 
-fn check(ok: bool) -> moe_hot_status {
+pub(super) fn check(ok: bool) -> moe_hot_status {
     if ok { MOE_HOT_OK } else { MOE_HOT_INVALID_ARGUMENT }
 }
 
 /// Runs the calls, then frees what is left.
 pub fn run(data: &[u8]) {
     let Ok(calls) = Vec::<Call>::arbitrary_take_rest(Unstructured::new(data)) else { return };
+    // the options and what the view shows are the process's
+    let mut other = http::alone();
+    other.take();
     let mut world = World::default();
     for call in calls.into_iter().take(MAX_CALLS) {
         world.call(call);
     }
-    for handle in world.given.clone() {
-        world.free(handle);
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        for handle in self.given.clone() {
+            self.free(handle);
+        }
+        for model in self.models.keys() {
+            moe_hot_model_free(model_address(*model));
+        }
+        for (name, _) in OPTIONS {
+            let name = CString::new(name).expect("no zero byte");
+            // SAFETY: a string.
+            expect(unsafe { moe_hot_option_set(name.as_ptr(), ptr::null()) }, MOE_HOT_OK);
+        }
+        // SAFETY: none is called.
+        unsafe { moe_hot_set_log(None, ptr::null_mut()) };
     }
-    for model in world.models.keys() {
-        moe_hot_model_free(model_address(*model));
-    }
-    for (name, _) in OPTIONS {
-        let name = CString::new(name).expect("no zero byte");
-        // SAFETY: a string.
-        expect(unsafe { moe_hot_option_set(name.as_ptr(), ptr::null()) }, MOE_HOT_OK);
-    }
-    // SAFETY: none is called.
-    unsafe { moe_hot_set_log(None, ptr::null_mut()) };
 }
 
 fn model_address(model: u8) -> *const c_void {
@@ -461,10 +583,9 @@ impl World {
     /// The step of a context that runs ends.
     fn close(&mut self, handle: usize) {
         let Some(ctx) = self.live.get_mut(&handle) else { return };
-        let (config, pool) = &self.pools[ctx.pool];
         if let Some(n_tokens) = ctx.begun.take() {
-            let slots = pool.slots(config);
-            let resident = pool.layers.iter().zip(slots).filter(|(_, s)| s.1.is_some());
+            let layers = &self.pools[ctx.pool].1.layers;
+            let resident = layers.iter().zip(&ctx.resident).filter(|(_, first)| first.is_some());
             ctx.uses += n_tokens * resident.map(|(l, _)| l.n_used as u64).sum::<u64>();
         }
     }
@@ -479,12 +600,26 @@ impl World {
     }
 
     fn max_tokens(&self, ctx: &Context) -> u32 {
-        let (config, pool) = &self.pools[ctx.pool];
+        let pool = &self.pools[ctx.pool].1;
         if pool.active != Some(true) {
             return cuda::MAX_TOKENS;
         }
+        if ctx.version % 2 == 1 {
+            return 0;
+        }
+        self.most_tokens(ctx.pool)
+    }
+
+    /// Largest ubatch of the hot path while slots are used.
+    fn most_tokens(&self, pool: usize) -> u32 {
+        let (config, pool) = &self.pools[pool];
         let limits = pool.layers.iter().map(|l| l.max_tokens).filter(|n| *n > 0);
         limits.chain(config.pp_bypass).chain([host::MAX_TOKENS]).min().expect("at least one")
+    }
+
+    /// Whether a step of the pool runs.
+    pub fn runs(&self, pool: usize) -> bool {
+        self.live.values().any(|c| c.pool == pool && c.begun.is_some())
     }
 
     #[allow(clippy::too_many_lines)]
@@ -532,6 +667,7 @@ impl World {
             Call::Skip { ctx, il, reason } => {
                 let ctx = self.handle(ctx);
                 let reason = c_string(reason);
+                self.reasons += reason.as_ref().map_or(0, |r| r.count_bytes());
                 // SAFETY: a string or null.
                 let status = unsafe { moe_hot_skip(handle(ctx), il, pointer(&reason)) };
                 expect(status, check(self.live.contains_key(&ctx) && utf8(&reason).is_some()));
@@ -566,7 +702,7 @@ impl World {
                 assert_eq!(!op.is_null(), self.layer(ctx, layer).is_some());
             }
             Call::Step { ctx, n_tokens, seed, sequences } => {
-                self.step(self.handle(ctx), 1 + n_tokens % 9, seed, sequences);
+                self.step(self.handle(ctx), 1 + n_tokens % 9, seed, sequences, None);
             }
             Call::StepBegin { ctx, n_tokens, out, misaligned } => {
                 let sequences = vec![3u64; if n_tokens > 64 { 0 } else { n_tokens as usize + 1 }];
@@ -623,13 +759,83 @@ impl World {
                     assert!(!active || !unsafe { CStr::from_ptr(text) }.to_str().unwrap().is_empty());
                 }
             }
+            Call::GraphVersion { ctx } => {
+                let ctx = self.handle(ctx);
+                // SAFETY: a handle.
+                let version = unsafe { moe_hot_graph_version(handle(ctx)) };
+                assert_eq!(version, self.live.get(&ctx).map_or(0, |c| c.version));
+            }
+            Call::Observes { ctx, n_tokens } => {
+                let ctx = self.handle(ctx);
+                // SAFETY: a handle.
+                let observes = unsafe { moe_hot_observes(handle(ctx), n_tokens) };
+                let Some(c) = self.live.get(&ctx).filter(|c| c.active) else { return assert!(!observes) };
+                let prompt = self.pools[c.pool].1.always || n_tokens > self.most_tokens(c.pool);
+                // between two trials nothing is worth knowing
+                assert!(observes == prompt || (c.version % 2 == 1 && !observes));
+            }
+            Call::GiveBack { device, bytes } => {
+                let device = c_string(device);
+                // SAFETY: a string or null.
+                let given = unsafe { moe_hot_give_back(pointer(&device), bytes) };
+                assert!(!given, "there are no slots on a device");
+            }
+            Call::Http { request, out } => self.http(&request, out),
+            Call::Decode { ctx, n } => {
+                let ctx = self.handle(ctx);
+                for _ in 0..u32::from(n) * 3 {
+                    if self.decoded == MAX_DECODED {
+                        return;
+                    }
+                    self.decoded += 1;
+                    self.token(ctx);
+                }
+            }
+            Call::Meanwhile { ctx, other, n_tokens, seed, settings } => {
+                let (ctx, other) = (self.handle(ctx), self.handle(other));
+                let pool = |ctx: &usize| self.live.get(ctx).filter(|c| c.active).map(|c| c.pool);
+                if ctx == other || pool(&ctx).is_none() || pool(&ctx) != pool(&other) {
+                    return;
+                }
+                self.step(ctx, 1 + n_tokens % 7, seed, false, Some((other, &settings)));
+            }
         }
+    }
+
+    /// A step of one token without its nodes.
+    fn token(&mut self, ctx: usize) {
+        self.step_begin(ctx, 1, ptr::null(), true, Out::Valid);
+        let live = check(self.live.contains_key(&ctx));
+        // SAFETY: a handle.
+        expect(unsafe { moe_hot_step_work(handle(ctx)) }, live);
+        // SAFETY: a handle.
+        expect(unsafe { moe_hot_step_end(handle(ctx)) }, live);
+        self.close(ctx);
     }
 
     /// Layer `layer` of an active context.
     fn layer(&self, ctx: usize, layer: i32) -> Option<Wired> {
         let ctx = self.live.get(&ctx).filter(|c| c.active)?;
         self.pools[ctx.pool].1.layers.get(usize::try_from(layer).ok()?).copied()
+    }
+
+    /// A model of three layers in two classes, with half of their experts in slots; its context.
+    pub fn small_model(&mut self) -> usize {
+        self.option("moe-hot-k", "4");
+        self.option("moe-hot-threads", "1");
+        self.create(1, Out::Valid);
+        let ctx = self.given[0];
+        for weights in [0, 1, 3] {
+            let broken = Broken::Whole;
+            self.offer(ctx, Offered { weights, few_experts: false, n_used: 1, max_tokens: 0, broken });
+        }
+        self.activate(ctx, 1, &c_string(Some(b"small")), Out::Valid);
+        ctx
+    }
+
+    /// Sets an option that is there to what is allowed.
+    pub fn option(&mut self, name: &str, value: &str) {
+        self.option_set(&Name::Other(Some(name.as_bytes())), Some(value.as_bytes()), None);
     }
 
     fn option_set(&mut self, name: &Name<'_>, value: Text<'_>, number: Option<u8>) {
@@ -674,13 +880,23 @@ impl World {
         // one that nobody uses is made anew for other options
         if pools.get(*pool).is_none_or(|(c, p)| p.contexts == 0 && *c != config) {
             *pool = pools.len();
-            pools.push((config, Pool::default()));
+            let pool = Pool::new(&config);
+            pools.push((config, pool));
         }
         pools[*pool].1.contexts += 1;
         let handle = at[0].addr();
         assert!(!self.given.contains(&handle), "a handle is never given twice");
         self.given.push(handle);
-        let ctx = Context { key: model, pool: *pool, active: false, begun: None, uses: 0 };
+        let ctx = Context {
+            key: model,
+            pool: *pool,
+            active: false,
+            resident: Vec::new(),
+            begun: None,
+            uses: 0,
+            version: 0,
+            decoded: false,
+        };
         self.live.insert(handle, ctx);
     }
 
@@ -776,7 +992,7 @@ impl World {
         let pool = &mut self.pools[ctx.pool].1;
         let known = pool.layers.iter().any(|l| l.weights == weights);
         if legal && !known && pool.active.is_none() {
-            pool.layers.push(Wired { weights, n_expert, n_used, max_tokens });
+            pool.layers.push(Wired { weights, il: layer.il, n_expert, n_used, max_tokens });
             pool.on_device |= matches!(o.broken, Broken::Device);
         }
     }
@@ -785,6 +1001,7 @@ impl World {
         let mut at = [false; 2];
         // SAFETY: a string or null; a place of that type, or null.
         let status = unsafe { moe_hot_activate(handle(ctx), n_threads, pointer(name), place(out, &mut at)) };
+        let id = ctx;
         let (Some(ctx), true) = (self.live.get_mut(&ctx), usable::<bool>(out)) else {
             return expect(status, MOE_HOT_INVALID_ARGUMENT);
         };
@@ -793,12 +1010,37 @@ impl World {
         }
         expect(status, check(name.is_some()));
         let (config, pool) = &mut self.pools[ctx.pool];
-        if name.is_some() {
+        if let Some(name) = name {
             let can =
                 config.enabled() && !pool.layers.is_empty() && !pool.on_device && config.trace.is_none();
+            if pool.active.is_none() && can {
+                pool.activate(config, &name.to_string_lossy());
+            }
             ctx.active = *pool.active.get_or_insert(can);
         }
         assert_eq!(at.contains(&true), ctx.active);
+        if ctx.active {
+            self.learn_residents(id);
+        }
+    }
+
+    /// Which layers have all their experts in slots for good is told when a context gets active.
+    fn learn_residents(&mut self, id: usize) {
+        let ctx = self.live.get_mut(&id).expect("it is active");
+        let pool = &mut self.pools[ctx.pool].1;
+        for layer in 0..pool.layers.len() {
+            let resident = slots(id, layer).resident;
+            let first = pool.first(layer);
+            let class = pool.classes.iter_mut().find(|c| c.layers.contains(&layer)).expect("each has one");
+            // slots that came later may have got the experts in their order, or not
+            let may = class.open.is_none_or(|open| open == class.n_keys);
+            assert!(resident == -1 && !class.resident || resident == first as i32 && may);
+            class.resident = resident >= 0;
+            if class.resident {
+                class.open = Some(class.n_keys);
+            }
+            ctx.resident.push(class.resident.then_some(first));
+        }
     }
 
     fn get_slots(&mut self, ctx: usize, layer: i32, out: Out) {
@@ -809,8 +1051,9 @@ impl World {
         let wired = self.layer(ctx, layer).filter(|_| out == Out::Valid);
         expect(status, check(wired.is_some()));
         let Some(wired) = wired else { return };
-        let (config, pool) = &self.pools[self.live[&ctx].pool];
-        let (n_slots, resident) = pool.slots(config)[layer as usize];
+        let ctx = &self.live[&ctx];
+        let n_slots = self.pools[ctx.pool].1.class_of(layer as usize).n_keys as u32;
+        let resident = ctx.resident[layer as usize];
         let [slots, _] = at;
         assert_eq!((slots.n_slots, slots.on_device), (n_slots, false));
         assert_eq!(slots.resident, resident.map_or(-1, |first| first as i32));
@@ -842,6 +1085,7 @@ impl World {
             let ctx_now = &self.live[&ctx];
             assert_eq!(hot, ctx_now.active && n_tokens <= self.max_tokens(ctx_now));
             self.close(ctx);
+            self.judge(ctx, n_tokens == 1);
             if let Some(ctx) = self.live.get_mut(&ctx).filter(|_| hot) {
                 ctx.begun = Some(n_tokens.into());
             }
@@ -851,8 +1095,26 @@ impl World {
         hot
     }
 
-    /// All of a step; the rows are those that the experts give, the slots hold what they should.
-    fn step(&mut self, ctx: usize, n_tokens: u8, seed: u8, sequences: bool) {
+    /// Graphs must be built anew only where a context finds out whether slots pay: when one decoded token follows another.
+    fn judge(&mut self, id: usize, decodes: bool) {
+        let ctx = self.live.get_mut(&id).expect("a step of it begins");
+        // SAFETY: a handle.
+        let version = unsafe { moe_hot_graph_version(handle(id)) };
+        let may = decodes && ctx.decoded && ctx.active && !self.pools[ctx.pool].1.always;
+        assert!(version == ctx.version || (may && version == ctx.version + 1));
+        (ctx.version, ctx.decoded) = (version, decodes);
+    }
+
+    /// All of a step; the rows are those that the experts give, the slots hold what they should. `meanwhile`: once the
+    /// first layer has its slots, settings change and another context decodes.
+    pub fn step(
+        &mut self,
+        ctx: usize,
+        n_tokens: u8,
+        seed: u8,
+        sequences: bool,
+        mut meanwhile: Option<(usize, &Settings<'_>)>,
+    ) {
         let ids_of: Vec<i32> = (0..n_tokens).map(|t| i32::from(t % 3)).collect();
         let at = if sequences { ids_of.as_ptr() } else { ptr::null() };
         let hot = self.step_begin(ctx, n_tokens.into(), at, true, Out::Valid);
@@ -868,7 +1130,7 @@ impl World {
                 ids.extend((0..l.n_used).map(|k| ((seed + 3 * t + k) % l.n_expert) as i32));
             }
             if hot {
-                self.nodes(ctx, layer, *l, n_tokens, &mut ids);
+                self.nodes(ctx, layer, *l, n_tokens, &mut ids, &mut meanwhile);
             } else {
                 // SAFETY: as many ids.
                 let status =
@@ -885,18 +1147,34 @@ impl World {
     }
 
     /// The nodes of a layer as ggml runs them, if the bridge would build them.
-    fn nodes(&mut self, ctx: usize, layer: usize, l: Wired, n_tokens: usize, ids: &mut [i32]) {
-        // SAFETY: null pointers and zeros are values of all its fields.
-        let mut slots: moe_hot_slots = unsafe { zeroed() };
-        // SAFETY: a place of that type.
-        expect(unsafe { moe_hot_get_slots(handle(ctx), layer as i32, &mut slots) }, MOE_HOT_OK);
-        if slots.resident >= 0 {
-            return;
+    fn nodes(
+        &mut self,
+        ctx: usize,
+        layer: usize,
+        l: Wired,
+        n_tokens: usize,
+        ids: &mut [i32],
+        meanwhile: &mut Option<(usize, &Settings<'_>)>,
+    ) {
+        let slots = slots(ctx, layer);
+        let w = &WEIGHTS[l.weights];
+        let holds = |slot: usize, expert: usize| {
+            for (data, m) in slots.data.iter().zip(w.matrices()) {
+                let want = w.expert(m, expert);
+                // SAFETY: the slot is in the memory, and nobody writes to one that a step may read.
+                let got = unsafe {
+                    std::slice::from_raw_parts(data.cast::<f32>().add(slot * want.len()), want.len())
+                };
+                assert!(got == want, "slot {slot} does not hold expert {expert}");
+            }
+        };
+        assert_eq!(usize::try_from(slots.resident).ok(), self.live[&ctx].resident[layer]);
+        if let Ok(first) = usize::try_from(slots.resident) {
+            return ids.iter().for_each(|id| holds(first + *id as usize, *id as usize));
         }
         self.live.get_mut(&ctx).expect("it has layers").uses += ids.len() as u64;
         // SAFETY: a handle.
         let op = unsafe { moe_hot_op_data(handle(ctx), layer as i32) };
-        let w = &WEIGHTS[l.weights];
         let mut act: Vec<f32> =
             (0..n_tokens * N_EMBD).map(|i| ((i * 7 + layer) % 13) as f32 / 13.0 - 0.5).collect();
         let mut slot_ids = vec![i32::MIN; ids.len()];
@@ -909,10 +1187,16 @@ impl World {
         (t_slot.src[0], t_slot.src[1]) = (&mut t_cur, &mut t_ids);
         (t_out.src[0], t_out.src[1]) = (&mut t_out, &mut t_slot);
         // SAFETY: nodes as the bridge builds them, with their data.
-        unsafe {
-            moe_hot_dispatch(&mut t_slot, 0, 1, op);
-            moe_hot_join(&mut t_out, 0, 1, op);
+        unsafe { moe_hot_dispatch(&mut t_slot, 0, 1, op) };
+        if let Some((other, settings)) = meanwhile.take() {
+            self.set(settings);
+            // what has ended there must not reach what is read here
+            for _ in 0..3 {
+                self.token(other);
+            }
         }
+        // SAFETY: as above.
+        unsafe { moe_hot_join(&mut t_out, 0, 1, op) };
         for (row, (&expert, &slot)) in ids.iter().zip(&slot_ids).enumerate() {
             let got = &out[row * N_EMBD..][..N_EMBD];
             if slot < 0 {
@@ -923,14 +1207,7 @@ impl World {
                 continue;
             }
             assert!(got.iter().all(|x| *x == LEFT_ALONE) && (slot as u32) < slots.n_slots);
-            for (data, m) in slots.data.iter().zip(w.matrices()) {
-                let want = w.expert(m, expert as usize);
-                // SAFETY: the slot is in the memory, and nobody writes to one that a step may read.
-                let got = unsafe {
-                    std::slice::from_raw_parts(data.cast::<f32>().add(slot as usize * want.len()), want.len())
-                };
-                assert!(got == want, "slot {slot} does not hold expert {expert}");
-            }
+            holds(slot as usize, expert as usize);
         }
     }
 
@@ -946,13 +1223,25 @@ impl World {
         }
         expect(status, MOE_HOT_OK);
         let [stats, _] = at;
-        let layers = &self.pools[ctx.pool].1.layers;
-        assert_eq!((stats.n_hits + stats.n_misses, stats.n_layers as usize), (ctx.uses, layers.len()));
+        let pool = &self.pools[ctx.pool].1;
+        assert_eq!((stats.n_hits + stats.n_misses, stats.n_layers as usize), (ctx.uses, pool.layers.len()));
+        if let Some(open) = pool.open() {
+            assert_eq!((stats.n_slots as usize, stats.k as usize), (open, open / pool.layers.len()));
+        }
     }
 }
 
 fn handle(ctx: usize) -> *mut moe_hot_context {
     ptr::without_provenance_mut(ctx)
+}
+
+/// The slots of a layer that is there.
+fn slots(ctx: usize, layer: usize) -> moe_hot_slots {
+    // SAFETY: null pointers and zeros are values of all its fields.
+    let mut slots: moe_hot_slots = unsafe { zeroed() };
+    // SAFETY: a place of that type.
+    expect(unsafe { moe_hot_get_slots(handle(ctx), layer as i32, &mut slots) }, MOE_HOT_OK);
+    slots
 }
 
 fn option_name(name: &Name<'_>) -> Option<CString> {

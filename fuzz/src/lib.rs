@@ -5,6 +5,7 @@
 
 pub mod abi;
 pub mod config;
+pub mod http;
 pub mod memory;
 pub mod profile;
 pub mod replay;

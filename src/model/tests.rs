@@ -171,3 +171,11 @@ fn slots_that_are_about_to_close_are_nobodys_for_good() {
     end(&model, 1, 0);
     assert_eq!(model.resident_from(0), None);
 }
+
+#[cfg(not(loom))]
+#[test]
+fn who_asks_for_no_slots_gets_none() {
+    let model = Model::new(Config::default());
+    model.offer(Offer { layer: SMALL.clone(), device: None, max_tokens: 0 });
+    assert!(!model.activate(1, "test"));
+}
