@@ -643,6 +643,13 @@ impl World {
                 if usable::<bool>(out) {
                     assert_eq!(at.contains(&true), self.config().unwrap().enabled());
                 }
+                let mut bytes = [u64::MAX; 2];
+                // SAFETY: a place of that type, or null.
+                let status = unsafe { moe_hot_wanted(1 << 20, 64, place(out, &mut bytes)) };
+                expect(status, check(usable::<u64>(out)));
+                if usable::<u64>(out) {
+                    assert_eq!(bytes, [self.config().unwrap().wanted(1 << 20, 64), u64::MAX]);
+                }
             }
             Call::SetLog { on } => {
                 let f = on.then_some(receive as _);
