@@ -384,7 +384,9 @@ mod tests {
     fn the_largest_request_fits() {
         let t = Ticket::default();
         t.open(u32::MAX, MAX_UNITS);
-        for unit in 0..MAX_UNITS {
+        let first = if cfg!(miri) { MAX_UNITS - 100 } else { 0 };
+        assert!(first == 0 || t.claim(|_, _| first).is_some());
+        for unit in first..MAX_UNITS {
             assert_eq!(t.claim(ONE), Some(Claim { epoch: u32::MAX, unit, n: 1 }));
         }
         assert_eq!(t.claim(ONE), None);
@@ -393,7 +395,7 @@ mod tests {
     #[test]
     fn threads_share_units_without_loss() {
         let m = Mailbox::default();
-        for epoch in 1..200 {
+        for epoch in 1..if cfg!(miri) { 10 } else { 200 } {
             m.post(epoch, 64);
             let sum = std::sync::atomic::AtomicU32::new(0);
             std::thread::scope(|s| {
