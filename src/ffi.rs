@@ -349,22 +349,31 @@ pub unsafe extern "C" fn moe_hot_option_get(name: *const c_char) -> *const c_cha
     value
 }
 
+/// Writes what the options now in effect say.
+///
+/// # Safety
+/// `out` is null or valid for a write.
+unsafe fn of_config<T>(out: *mut T, say: impl FnOnce(&config::Config) -> T) -> moe_hot_status {
+    guard(|| {
+        let out = deref!(out, as_mut);
+        match config::snapshot() {
+            Ok(c) => {
+                *out = say(&c);
+                MOE_HOT_OK
+            }
+            Err(e) => fail(MOE_HOT_INVALID_ARGUMENT, &e.to_string()),
+        }
+    })
+}
+
 /// Whether slots are asked for. Fails when an option in the environment is not allowed.
 ///
 /// # Safety
 /// `enabled` is null or valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_enabled(enabled: *mut bool) -> moe_hot_status {
-    guard(|| {
-        let enabled = deref!(enabled, as_mut);
-        match config::snapshot() {
-            Ok(c) => {
-                *enabled = c.enabled();
-                MOE_HOT_OK
-            }
-            Err(e) => fail(MOE_HOT_INVALID_ARGUMENT, &e.to_string()),
-        }
-    })
+    // SAFETY: as promised.
+    unsafe { of_config(enabled, |c| c.enabled()) }
 }
 
 /// Bytes of slots that the options ask for in layers of `n_expert` experts, one expert of each of which takes
@@ -375,16 +384,8 @@ pub unsafe extern "C" fn moe_hot_enabled(enabled: *mut bool) -> moe_hot_status {
 /// `bytes` is null or valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_hot_wanted(expert_bytes: u64, n_expert: u32, bytes: *mut u64) -> moe_hot_status {
-    guard(|| {
-        let bytes = deref!(bytes, as_mut);
-        match config::snapshot() {
-            Ok(c) => {
-                *bytes = c.wanted(expert_bytes, n_expert);
-                MOE_HOT_OK
-            }
-            Err(e) => fail(MOE_HOT_INVALID_ARGUMENT, &e.to_string()),
-        }
-    })
+    // SAFETY: as promised.
+    unsafe { of_config(bytes, |c| c.wanted(expert_bytes, n_expert)) }
 }
 
 /// Attaches a context to the pool of `model` (any address that identifies the model), which is made
