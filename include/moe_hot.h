@@ -266,8 +266,8 @@ int32_t moe_hot_find(const struct moe_hot_context *ctx, const void *down_data);
 // `ctx` is null or from `moe_hot_context_create`.
 uint32_t moe_hot_max_tokens(const struct moe_hot_context *ctx);
 
-// Changes when graphs that were built before must not be used again: where ubatches take the hot path that did not, or
-// the other way round.
+// Changes when graphs that were built before must not be used again: where ubatches take the hot path that did not or
+// the other way round, and where they take it with other nodes.
 //
 // # Safety
 // `ctx` is null or from `moe_hot_context_create`.
@@ -280,6 +280,14 @@ uint64_t moe_hot_graph_version(const struct moe_hot_context *ctx);
 // `ctx` is null or from `moe_hot_context_create`.
 bool moe_hot_observes(const struct moe_hot_context *ctx,
                       uint32_t n_tokens);
+
+// Whether the graph of a ubatch of `n_tokens` tokens should have nodes for what the device reads over the link. When that
+// changes, so does `moe_hot_graph_version`.
+//
+// # Safety
+// `ctx` is null or from `moe_hot_context_create`.
+bool moe_hot_links(const struct moe_hot_context *ctx,
+                   uint32_t n_tokens);
 
 // The slots of hot layer `layer`.
 //

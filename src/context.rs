@@ -167,6 +167,12 @@ impl Context {
         self.resident[layer]
     }
 
+    /// Whether any layer has nodes, and so may have cold experts. Where none has, workers that spin would only slow down the
+    /// thread that launches the graph.
+    fn has_nodes(&self) -> bool {
+        self.resident.iter().any(Option::is_none)
+    }
+
     /// Its cold engine.
     pub fn engine(&self) -> &Engine {
         &self.engine
@@ -217,8 +223,7 @@ impl Context {
         }
         if self.stuck.load(Ordering::Relaxed) {
             if !self.engine.is_idle() {
-                let without = self.lanes.lock().lanes.rest_cpu(REST_TOKENS);
-                return if without { self.model.max_tokens() } else { 0 };
+                return if self.rest_cpu() { self.model.max_tokens() } else { 0 };
             }
             self.stuck.store(false, Ordering::Relaxed);
             log!(
@@ -227,6 +232,22 @@ impl Context {
             );
         }
         self.model.max_tokens()
+    }
+
+    /// The device gets all cold experts for a while; false where it cannot read them.
+    fn rest_cpu(&self) -> bool {
+        self.change_lanes(&mut self.lanes.lock().lanes, |l| l.rest_cpu(REST_TOKENS))
+    }
+
+    /// Changes the division, and graphs with it where they get or lose the link.
+    fn change_lanes<T>(&self, lanes: &mut Lanes, change: impl FnOnce(&mut Lanes) -> T) -> T {
+        let had = lanes.nodes();
+        let out = change(lanes);
+        if lanes.nodes() != had {
+            self.graph_version.fetch_add(1, Ordering::Relaxed);
+            log!(Level::Debug, "moe-hot: {lanes}");
+        }
+        out
     }
 
     /// A ubatch of `n_tokens` tokens, of one of `sequences` each, is about to be computed; whether it takes the
@@ -240,7 +261,7 @@ impl Context {
         let since = Instant::now();
         let hot = n_tokens <= self.max_tokens();
         self.judge(n_tokens, hot, since);
-        let boundary = self.model.step_begin(self.id, hot);
+        let boundary = self.model.step_begin(self.id, hot, self.has_nodes());
         if !hot {
             self.prompt.lock().begin(n_tokens, sequences);
             return Ok(false);
@@ -262,6 +283,12 @@ impl Context {
     /// Changes when the graphs that were built before must not be used again.
     pub fn graph_version(&self) -> u64 {
         self.graph_version.load(Ordering::Relaxed)
+    }
+
+    /// Whether the graph of a ubatch of `n_tokens` tokens should have the nodes with which the device reads cold experts over
+    /// the link.
+    pub fn links(&self, n_tokens: u32) -> bool {
+        n_tokens > 1 || self.lanes.lock().lanes.nodes()
     }
 
     /// Whether what a ubatch of `n_tokens` tokens routes on the stock graph is worth knowing: a prompt's, unless slots are
@@ -324,7 +351,7 @@ impl Context {
         self.close_step();
         let Some(why) = self.failed.lock().take() else { return Ok(()) };
         if matches!(why, StepError::Engine(_)) {
-            let without = self.lanes.lock().lanes.rest_cpu(REST_TOKENS);
+            let without = self.rest_cpu();
             let until = match (self.stuck.load(Ordering::Relaxed), without) {
                 (true, true) => "the device reads all cold experts over the link until they arrive".into(),
                 (true, false) => "this context takes the stock graph until they arrive".into(),
@@ -360,7 +387,9 @@ impl Context {
             match port.take_fault() {
                 Ok(None) if samples.is_empty() => {}
                 // of a step that failed the times say nothing
-                Ok(None) => lanes.observe(samples.drain(..), step.since.elapsed()),
+                Ok(None) => {
+                    self.change_lanes(lanes, |l| l.observe(samples.drain(..), step.since.elapsed()));
+                }
                 Ok(Some(Fault::TimedOut)) => self.fail(EngineError::TimedOut(join_bound())),
                 Ok(Some(Fault::RowFailed)) => self.fail(EngineError::Failed),
                 Err(e) => self.fail(e),
@@ -384,7 +413,7 @@ impl Context {
             // the counter may have been reset meanwhile
             busy: Duration::from_micros(busy_us.checked_sub(told_us).unwrap_or(busy_us)),
         };
-        self.model.step_end(self.id, &usage, took);
+        self.model.step_end(self.id, self.has_nodes(), &usage, took);
         if let Some(log) = &self.log {
             log.lock().add(Step {
                 us: took.step.as_micros() as u64,

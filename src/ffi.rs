@@ -587,8 +587,8 @@ pub unsafe extern "C" fn moe_hot_max_tokens(ctx: *const moe_hot_context) -> u32 
     n
 }
 
-/// Changes when graphs that were built before must not be used again: where ubatches take the hot path that did not, or
-/// the other way round.
+/// Changes when graphs that were built before must not be used again: where ubatches take the hot path that did not or
+/// the other way round, and where they take it with other nodes.
 ///
 /// # Safety
 /// `ctx` is null or from `moe_hot_context_create`.
@@ -615,6 +615,21 @@ pub unsafe extern "C" fn moe_hot_observes(ctx: *const moe_hot_context, n_tokens:
         MOE_HOT_OK
     });
     observes
+}
+
+/// Whether the graph of a ubatch of `n_tokens` tokens should have nodes for what the device reads over the link. When that
+/// changes, so does `moe_hot_graph_version`.
+///
+/// # Safety
+/// `ctx` is null or from `moe_hot_context_create`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn moe_hot_links(ctx: *const moe_hot_context, n_tokens: u32) -> bool {
+    let mut links = true;
+    guard(|| {
+        links = live!(ctx).context.as_ref().is_none_or(|c| c.links(n_tokens));
+        MOE_HOT_OK
+    });
+    links
 }
 
 /// The slots of hot layer `layer`.

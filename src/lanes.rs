@@ -18,6 +18,9 @@
 //! tries an expert more or less on the link than seems best. And since a lane that is hardly used looks worse than it
 //! is (threads that only spin are taken off their cores, in virtual machines above all), the whole is compared with
 //! the CPU alone from time to time, a few tokens of each.
+//!
+//! The link's nodes take time on the GPU even when there is nothing for them. Mostly JOIN waits for the CPU meanwhile; where
+//! few experts are cold it does not, and then graphs of one token are better off without them.
 
 use std::{
     collections::BTreeMap,
@@ -69,6 +72,17 @@ const MOST_SHARED: f64 = 8.0;
 /// What a layer with all that is around it takes before that was measured, in ns, and the weight of a token.
 const LAYER_NS: f64 = 200_000.0;
 const ALPHA_LAYER: f64 = 1.0 / 8.0;
+/// What the link's nodes take that have nothing to do, in ns (H200: 11.7 us, four kernels).
+const NODES_NS: f64 = 10_000.0;
+/// Weight of a token in what they save and cost, and tokens until that is looked at, at first and when they are back.
+const ALPHA_NODES: f64 = 1.0 / 64.0;
+const LOOKED_AT: u32 = 256;
+const TRIED_AGAIN: u32 = 64;
+/// Tokens without them: at first, and at most, doubled each time that they did not pay in between.
+const MIN_WITHOUT: u32 = 512;
+const MAX_WITHOUT: u32 = 8192;
+/// They come back at once where they promise to save so many times what they cost.
+const PROMISE: f64 = 3.0;
 /// Reading weights, in bytes a ns: one core, and all that a machine's memory gives in the end.
 const CORE_RATE: f64 = 5.0;
 const MEMORY_RATE: f64 = 80.0;
@@ -131,7 +145,8 @@ pub struct Lanes {
     resting: u32,
     trial: Option<Trial>,
     guard: Guard,
-    /// How many there were.
+    nodes: Nodes,
+    /// How many trials there were.
     trials: usize,
     tables: Vec<u8>,
     version: u64,
@@ -162,6 +177,11 @@ struct Tried {
 impl Guard {
     fn new() -> Self {
         Guard { alone: false, cost: 0.0, settled: 0.0, left: MIN_PERIOD, period: MIN_PERIOD, other: None }
+    }
+
+    /// Compares again soon, with what is in use now.
+    fn restart(&mut self) {
+        *self = Guard { alone: self.alone, left: SCOUTED_TOKENS, ..Guard::new() };
     }
 
     /// Whether the CPU is alone now.
@@ -206,6 +226,59 @@ impl Guard {
             self.other = Some(Tried::default());
         }
         self.other.is_some()
+    }
+}
+
+/// Whether graphs of one token have the link's nodes.
+#[derive(Clone, Copy, Debug)]
+struct Nodes {
+    there: bool,
+    /// What they save a token, and what they cost it, in ns.
+    saved: f64,
+    cost: f64,
+    /// Tokens until the next look, and for how long they are left out the next time.
+    left: u32,
+    without: u32,
+    /// What brings them back at once, and whether it has. A promise that is not kept makes the next one worth less.
+    promise: f64,
+    promised: bool,
+}
+
+impl Nodes {
+    fn new() -> Self {
+        let (left, without) = (LOOKED_AT, MIN_WITHOUT);
+        Nodes { there: true, saved: 0.0, cost: 0.0, left, without, promise: PROMISE, promised: false }
+    }
+
+    /// Takes what they saved and cost in a token, or would have; whether they come or go.
+    fn observe(&mut self, saved: f64, cost: f64) -> bool {
+        mix(&mut self.saved, saved, ALPHA_NODES);
+        mix(&mut self.cost, cost, ALPHA_NODES);
+        self.left = self.left.saturating_sub(1);
+        let promising = !self.there && self.saved > self.cost * self.promise;
+        if self.left > 0 && !promising {
+            return false;
+        }
+        if self.there && self.saved >= self.cost {
+            *self = Nodes { saved: self.saved, cost: self.cost, ..Nodes::new() };
+            return false;
+        }
+        if self.there {
+            self.left = self.without;
+            self.without = (self.without * 2).min(MAX_WITHOUT);
+            if std::mem::take(&mut self.promised) {
+                self.promise *= 2.0;
+            }
+        } else {
+            (self.left, self.promised) = (TRIED_AGAIN, promising);
+        }
+        self.there = !self.there;
+        true
+    }
+
+    /// They come back, for something else than speed.
+    fn call_back(&mut self) {
+        (self.there, self.left) = (true, LOOKED_AT);
     }
 }
 
@@ -270,6 +343,7 @@ impl Lanes {
             resting: 0,
             trial: None,
             guard: Guard::new(),
+            nodes: Nodes::new(),
             trials: 0,
             tables,
             version: 0,
@@ -284,6 +358,11 @@ impl Lanes {
         self.version
     }
 
+    /// Whether a graph of one token should have the link's nodes; without them the CPU gets all cold experts.
+    pub fn nodes(&self) -> bool {
+        self.nodes.there
+    }
+
     /// By layer: of c cold rows, how many go over the link, c from 0 to `max_rows`.
     pub fn tables(&self) -> &[u8] {
         &self.tables
@@ -294,6 +373,7 @@ impl Lanes {
         let possible = self.shape.bytes.iter().all(|b| *b > 0) && self.shape.max_rows <= u8::MAX.into();
         if possible {
             self.resting = tokens;
+            self.nodes.call_back();
             self.make_tables();
         }
         possible
@@ -311,16 +391,24 @@ impl Lanes {
         let n_layers = self.shape.bytes.len().max(1);
         mix(&mut self.layer_ns, step.as_nanos() as f64 / n_layers as f64, ALPHA_LAYER);
         let (mut ns, mut experts) = (0.0, 0.0);
+        let (mut saved, mut cost) = (0.0, 0.0);
         for s in samples {
             let bytes = self.shape.bytes[s.layer];
             if bytes > 0 {
+                saved += self.saved(bytes, &s);
+                cost += if s.on_link == 0 { (NODES_NS - f64::from(s.wait_ns)).max(0.0) } else { 0.0 };
                 self.correct(bytes, &s);
                 self.learn(bytes as f64, &s);
                 ns += f64::from(s.span_ns) + f64::from(s.wait_ns);
                 experts += f64::from(s.on_cpu + s.on_link);
             }
         }
-        let other = self.resting == 0 && experts > 0.0 && self.guard.observe(ns, experts);
+        if self.resting == 0 && self.nodes.observe(saved, cost) && self.nodes.there {
+            // what was measured before is old
+            self.guard.restart();
+        }
+        let compares = self.resting == 0 && self.nodes.there;
+        let other = compares && experts > 0.0 && self.guard.observe(ns, experts);
         if other && self.guard.alone && !self.guard.is_alone() {
             // what is known of divisions is old
             self.corrections.iter_mut().flat_map(BTreeMap::values_mut).for_each(Corrections::forget);
@@ -332,6 +420,17 @@ impl Lanes {
             self.trial = self.next_trial();
             self.make_tables();
         }
+    }
+
+    /// What the link saves a layer, by the model, with as many cold experts as the sample's: nothing where the comparison
+    /// says so, but without the nodes that is old.
+    fn saved(&self, bytes: usize, s: &Sample) -> f64 {
+        let (cold, uploads) = ((s.on_cpu + s.on_link) as usize, self.has_uploads(s.layer));
+        if (self.guard.alone && self.nodes.there) || cold > self.shape.n_used {
+            return 0.0;
+        }
+        let chosen = self.corrections(bytes, uploads).chosen[cold];
+        (self.cost(bytes, cold, 0, uploads) - self.cost(bytes, cold, chosen, uploads)).max(0.0)
     }
 
     fn has_uploads(&self, layer: usize) -> bool {
@@ -391,7 +490,7 @@ impl Lanes {
             true => self.guard.alone && self.guard.left <= SCOUTED_TOKENS,
             false => periods.is_multiple_of((LAYERS_PER_TRIAL / n.max(1)).max(1)),
         };
-        if n == 0 || !due {
+        if n == 0 || !due || !self.nodes.there {
             return None;
         }
         self.trials += 1;
@@ -489,6 +588,9 @@ impl Lanes {
 impl Display for Lanes {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(f, "the CPU reads {:.0} GB/s, the link {:.0}", 1.0 / self.cpu, 1.0 / self.link)?;
+        if !self.nodes.there {
+            return write!(f, "; so few experts are cold that graphs are without the link");
+        }
         if self.guard.alone {
             return write!(f, "; the CPU alone is faster than both");
         }
@@ -583,6 +685,8 @@ mod tests {
         /// Share of the experts that they had.
         busy: f64,
         uploads: Uploads,
+        /// From none to all of so many experts of a layer are cold.
+        cold: usize,
         random: u64,
     }
 
@@ -618,6 +722,7 @@ mod tests {
                 sleepy_ns,
                 busy: 1.0,
                 uploads: NO_UPLOADS,
+                cold: 8,
                 random: 1,
             }
         }
@@ -641,9 +746,11 @@ mod tests {
                 let took = left / (0.75 * COPY_RATE);
                 lanes.begin(Duration::from_nanos((uploads.told * took) as u64));
                 for layer in 0..self.layers {
-                    let cold = (9.0 * self.draw()) as usize;
-                    let on_link = usize::from(lanes.tables()[layer * 9 + cold]);
-                    let base = 20_000.0 * (0.9 + 0.2 * self.draw());
+                    let cold = ((self.cold + 1) as f64 * self.draw()) as usize;
+                    let on_link =
+                        if lanes.nodes() { usize::from(lanes.tables()[layer * 9 + cold]) } else { 0 };
+                    let nodes = if lanes.nodes() { NODES_NS } else { 0.0 };
+                    let base = (20_000.0 - NODES_NS + nodes) * (0.9 + 0.2 * self.draw());
                     let noise = 0.85 + 0.3 * self.draw();
                     // to look takes some time, too
                     let look = 1_000.0 + 3_000.0 * self.draw();
@@ -751,6 +858,54 @@ mod tests {
         assert_eq!(l.version(), version, "nothing has changed");
         l.begin(Duration::ZERO);
         assert!((0..4).all(|layer| of(&l, layer) == alone));
+    }
+
+    #[test]
+    fn graphs_are_without_the_link_while_few_experts_are_cold() {
+        let mut m = Machine { cold: 1, ..Machine::new(48) };
+        let mut lanes = lanes(vec![BYTES; 48], 90.0);
+        let (with, _) = m.decode(&mut lanes, 200);
+        assert!(lanes.nodes(), "it is not known yet");
+        m.decode(&mut lanes, 200);
+        assert!(!lanes.nodes());
+        let (without, _) = m.decode(&mut lanes, 200);
+        assert!(without < with * 0.95, "{:.3} of the time with it", without / with);
+        // as long as nothing changes it is hardly tried again
+        let there = (0..4000).filter(|_| {
+            m.decode(&mut lanes, 1);
+            lanes.nodes()
+        });
+        assert!(there.count() < 4000 / 16);
+        m.cold = 8;
+        m.decode(&mut lanes, 64);
+        assert!(lanes.nodes(), "the text has changed");
+        let changes = (0..8000).filter(|_| {
+            m.decode(&mut lanes, 1);
+            !lanes.nodes()
+        });
+        assert_eq!(changes.count(), 0, "the link is worth its nodes");
+    }
+
+    #[test]
+    fn a_link_that_is_of_no_use_leaves_the_graphs_and_is_looked_for_again() {
+        let mut m = Machine { link: 1.0, ..Machine::new(48) };
+        let mut lanes = lanes(vec![BYTES; 48], 90.0);
+        m.decode(&mut lanes, 1500);
+        assert!(!lanes.nodes());
+        m.link = 42.0;
+        m.decode(&mut lanes, 2 * MAX_WITHOUT as usize);
+        assert!(lanes.nodes() && !lanes.guard.alone, "{lanes}");
+    }
+
+    #[test]
+    fn a_cpu_that_fails_gets_the_link_back() {
+        let mut m = Machine { cold: 1, ..Machine::new(48) };
+        let mut lanes = lanes(vec![BYTES; 48], 90.0);
+        m.decode(&mut lanes, 400);
+        assert!(!lanes.nodes());
+        assert!(lanes.rest_cpu(3) && lanes.nodes());
+        m.decode(&mut lanes, 3);
+        assert!(lanes.nodes(), "for a while at least");
     }
 
     #[test]

@@ -805,8 +805,9 @@ impl Model {
         self.pool().workers.detach(engine);
     }
 
-    /// A step boundary before a ubatch of context `id`; `hot` when it may take the hot path.
-    pub(crate) fn step_begin(&self, id: u64, hot: bool) -> Boundary {
+    /// A step boundary before a ubatch of context `id`; `hot` when it may take the hot path, `cold` when it may then have
+    /// cold experts.
+    pub(crate) fn step_begin(&self, id: u64, hot: bool, cold: bool) -> Boundary {
         let a = self.pool();
         let mut c = a.control.lock();
         c.publish(a);
@@ -831,7 +832,9 @@ impl Model {
             let now = c.clock;
             c.running.insert(id, now);
             drop(c);
-            a.workers.step_begin();
+            if cold {
+                a.workers.step_begin();
+            }
         }
         boundary
     }
@@ -872,10 +875,12 @@ impl Model {
         a.pci.as_ref().is_some_and(|own| own.eq_ignore_ascii_case(pci)) && a.give_back(bytes)
     }
 
-    /// The step of context `id` on the hot path has ended.
-    pub(crate) fn step_end(&self, id: u64, usage: &StepUsage, took: Took) {
+    /// The step of context `id` on the hot path has ended; `cold` as when it began.
+    pub(crate) fn step_end(&self, id: u64, cold: bool, usage: &StepUsage, took: Took) {
         let a = self.pool();
-        a.workers.step_end();
+        if cold {
+            a.workers.step_end();
+        }
         let mut c = a.control.lock();
         c.running.remove(&id);
         if !usage.is_empty() {

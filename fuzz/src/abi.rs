@@ -315,6 +315,10 @@ enum Call<'a> {
         ctx: Handle,
         n_tokens: u32,
     },
+    Links {
+        ctx: Handle,
+        n_tokens: u32,
+    },
     GiveBack {
         device: Text<'a>,
         bytes: usize,
@@ -780,6 +784,12 @@ impl World {
                 let prompt = self.pools[c.pool].1.always || n_tokens > self.most_tokens(c.pool);
                 // between two trials nothing is worth knowing
                 assert!(observes == prompt || (c.version % 2 == 1 && !observes));
+            }
+            Call::Links { ctx, n_tokens } => {
+                let ctx = self.handle(ctx);
+                // SAFETY: a handle.
+                let links = unsafe { moe_hot_links(handle(ctx), n_tokens) };
+                assert!(links, "in host memory there is no link to do without");
             }
             Call::GiveBack { device, bytes } => {
                 let device = c_string(device);

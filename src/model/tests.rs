@@ -8,11 +8,16 @@ use crate::{
 
 /// A pool of one slot for two experts, with a plan after every token.
 fn pool() -> Arc<Model> {
+    pool_of(1, 0)
+}
+
+/// A pool of `k` slots, with `threads` workers.
+fn pool_of(k: u32, threads: u32) -> Arc<Model> {
     let config = Config {
-        k: Some(1),
+        k: Some(k),
         rebalance_interval: 1,
         policy: PolicyKind::Lru.into(),
-        threads: Some(0),
+        threads: Some(threads),
         ..Config::default()
     };
     let model = Model::new(config);
@@ -22,7 +27,7 @@ fn pool() -> Arc<Model> {
 }
 
 fn begin(model: &Model, id: u64) {
-    model.step_begin(id, true);
+    model.step_begin(id, true, true);
 }
 
 fn end(model: &Model, id: u64, expert: u16) {
@@ -30,7 +35,7 @@ fn end(model: &Model, id: u64, expert: u16) {
     usage.begin(1, &[]);
     usage.ids[0].push(expert);
     usage.cold[0] = u32::from(model.map(0).slot(expert.into()) < 0);
-    model.step_end(id, &usage, Took::default());
+    model.step_end(id, true, &usage, Took::default());
 }
 
 /// What a step does with the slots: it looks up both experts, and reads those that are there.
@@ -154,6 +159,33 @@ fn a_context_keeps_the_nodes_that_it_began_with() {
     let early = context(1);
     filled(&model);
     assert_eq!((early.resident_from(0), context(2).resident_from(0)), (None, Some(0)));
+}
+
+#[cfg(not(loom))]
+#[test]
+fn workers_wake_only_for_contexts_that_may_have_cold_experts() {
+    for (k, awake) in [(1, true), (N_EXPERT as u32, false)] {
+        let model = pool_of(k, 1);
+        let workers = || &model.pool().workers;
+        let until = |parked: u32| {
+            let start = Instant::now();
+            while workers().parked() != parked && start.elapsed() < Duration::from_secs(20) {
+                thread::yield_now();
+            }
+            assert_eq!(workers().parked(), parked, "{k} slots");
+        };
+        let context = crate::context::Context::new(1, model.clone()).unwrap();
+        let all = workers().len() as u32;
+        until(all);
+        assert!(context.step_begin(1, &[0]).unwrap());
+        if awake {
+            until(0);
+        }
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(workers().parked(), if awake { 0 } else { all }, "{k} slots");
+        context.step_end().unwrap();
+        until(all);
+    }
 }
 
 #[cfg(not(loom))]
