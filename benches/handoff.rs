@@ -139,7 +139,7 @@ fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
     };
     let port = Port::new(device.clone(), shape)?;
     let bytes = EMBD * 4 * (USED + 2) + 16384;
-    let memory = VideoMemory::new(device.clone(), bytes, bytes)?;
+    let memory = VideoMemory::new(device.clone(), bytes, bytes, true)?;
     let ids: [i32; USED] = std::array::from_fn(|k| k as i32 * 7);
     cu!(cuMemcpyHtoD_v2(memory.ptr() as u64 + (EMBD * 4) as u64, ids.as_ptr().cast(), size_of_val(&ids)));
 
@@ -172,7 +172,7 @@ fn measure(repeat: (usize, usize)) -> Result<(), CudaError> {
 fn copy_loop() -> Result<(), CudaError> {
     const BYTES: usize = 64 << 20;
     let device = open()?;
-    let memory = VideoMemory::new(device.clone(), BYTES, BYTES)?;
+    let memory = VideoMemory::new(device.clone(), BYTES, BYTES, true)?;
     let mut host = ptr::null_mut();
     cu!(cuMemHostAlloc(&mut host, BYTES, 0));
     loop {

@@ -257,10 +257,10 @@ def wide_model(run):
     return path
 
 
-def generated_model(run, shape, layers, skew):
+def generated_model(run, shape, layers, skew, name="geometry"):
     """A synthetic model of a shape of scripts/gen-moe-gguf, of `layers` layers or as many as fit into --models and half of the memory."""
     gen = ROOT / "scripts/gen-moe-gguf"
-    path = run.args.models / "moe-hot-check-geometry.gguf"
+    path = run.args.models / f"moe-hot-check-{name}.gguf"
     if not layers:
         out, err, _ = run.need([sys.executable, gen, path, "--shape", shape, "--dry-run"], 30, name="size of the model")
         whole, size = re.search(r"(\d+) layers, ([\d.]+) GB", out + err).groups()

@@ -1460,9 +1460,12 @@ fn allocate(
             .iter()
             .map(|(shape, members)| {
                 let capacity: usize = members.iter().map(|l| layers[*l].n_expert).sum();
+                let n_slots = shape.n_slots as usize;
+                // all experts of a class are weights for the contexts, see [`Model::resident_from`]
+                let stays = n_slots == capacity && config.trace.is_none();
                 let new = |m: &Matrix| {
-                    let n_slots = shape.n_slots as usize;
-                    SlotMemory::new(device, m.expert_bytes * capacity, m.expert_bytes * n_slots).map(Arc::new)
+                    let (reserved, bytes) = (m.expert_bytes * capacity, m.expert_bytes * n_slots);
+                    SlotMemory::new(device, reserved, bytes, stays).map(Arc::new)
                 };
                 layers[members[0]].matrices().map(new).collect()
             })

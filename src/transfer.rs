@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn all_of_the_memory_grows_or_none_does() {
-        let memory = |reserved| Arc::new(SlotMemory::new(&Device::Host, reserved, 4096).unwrap());
+        let memory = |reserved| Arc::new(SlotMemory::new(&Device::Host, reserved, 4096, false).unwrap());
         let (large, small) = (memory(1 << 20), memory(8192));
         let t = Transfer::new(HostCopier).unwrap();
         let resize =

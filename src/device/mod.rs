@@ -58,14 +58,14 @@ impl std::fmt::Debug for SlotMemory {
 }
 
 impl SlotMemory {
-    /// Addresses for `reserved` bytes on `device`, and memory for the first `bytes`.
+    /// Addresses for `reserved` bytes on `device`, and memory for the first `bytes`; `stays`: none of it will go.
     ///
     /// # Errors
     /// Says why there is no such memory.
-    pub fn new(device: &Device, reserved: usize, bytes: usize) -> Result<Self, String> {
+    pub fn new(device: &Device, reserved: usize, bytes: usize, stays: bool) -> Result<Self, String> {
         match device {
             Device::Host => host::HostMemory::new(reserved, bytes).map(SlotMemory::Host),
-            Device::Cuda(d) => cuda::VideoMemory::new(d.clone(), reserved, bytes)
+            Device::Cuda(d) => cuda::VideoMemory::new(d.clone(), reserved, bytes, stays)
                 .map(SlotMemory::Cuda)
                 .map_err(|e| e.to_string()),
         }

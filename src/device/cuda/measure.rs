@@ -221,11 +221,11 @@ pub fn measure(data: &[u8], n_threads: usize, time: Duration) -> Result<Figures,
     let device = Device::first()?;
     let kernels = Kernels::load(device.clone())?;
     let stream = Stream::new(device.clone(), false)?;
-    let sum = VideoMemory::new(device.clone(), 4096, 4096)?;
+    let sum = VideoMemory::new(device.clone(), 4096, 4096, true)?;
 
     let (free, _) = device.memory()?;
     let bytes = VIDEO_BYTES.min(free / 2).max(1 << 20);
-    let video = VideoMemory::new(device.clone(), bytes, bytes)?;
+    let video = VideoMemory::new(device.clone(), bytes, bytes, true)?;
     let blocks = 8 * device.n_multiprocessors()?;
     let read_video = || kernels.read(&stream, blocks, video.ptr() as CUdeviceptr, video.bytes(), &sum);
     read_video()?; // loads the kernel, and wakes the device

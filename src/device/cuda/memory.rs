@@ -14,8 +14,9 @@ const TAIL: usize = 4096;
 /// Bytes of a copy that the link is measured with.
 const MEASURED_BYTES: usize = 32 << 20;
 
-/// Memory is mapped in chunks of a 64th of the range, within these bounds: small enough to be given back bit by bit, and
-/// not thousands of them.
+/// Memory that may go again is mapped in chunks of a 64th of the range, within these bounds: small enough to be given back
+/// bit by bit, and not thousands of them. What stays is one chunk: so an H200 decodes with all experts in VRAM 6 % faster,
+/// whatever the size of the chunks (2 MiB to 1 GiB were tried; a kernel that only reads sees no difference).
 const MOST_CHUNKS: usize = 64;
 const LARGEST_CHUNK: usize = 64 << 20;
 
@@ -28,6 +29,8 @@ pub struct VideoMemory {
     address: CUdeviceptr,
     reserved: usize,
     granularity: usize,
+    /// Bytes that are mapped at a time, at most.
+    largest: usize,
     mapped: Mutex<Mapped>,
 }
 
@@ -49,11 +52,12 @@ struct Chunk {
 }
 
 impl VideoMemory {
-    /// Addresses for `capacity` bytes, and zeroed memory for the first `bytes`.
+    /// Addresses for `capacity` bytes, and zeroed memory for the first `bytes`. `stays`: none of it will go, so that it need
+    /// not be mapped bit by bit.
     ///
     /// # Errors
     /// The driver's, above all when there is no memory; nothing stays allocated then.
-    pub fn new(device: Arc<Device>, capacity: usize, bytes: usize) -> Result<Self, CudaError> {
+    pub fn new(device: Arc<Device>, capacity: usize, bytes: usize, stays: bool) -> Result<Self, CudaError> {
         device.bind()?;
         let properties = properties(&device);
         let mut granularity = 0;
@@ -63,10 +67,12 @@ impl VideoMemory {
             sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM
         ))?;
         let reserved = (capacity + TAIL).next_multiple_of(granularity);
+        let chunk = (reserved / MOST_CHUNKS).clamp(granularity, LARGEST_CHUNK).next_multiple_of(granularity);
+        let largest = if stays { reserved } else { chunk };
         let mut address = 0;
         cu!(cuMemAddressReserve(&mut address, reserved, 0, 0, 0))?;
         // from here on `drop` gives back what there is
-        let memory = VideoMemory { device, address, reserved, granularity, mapped: Mutex::default() };
+        let memory = VideoMemory { device, address, reserved, granularity, largest, mapped: Mutex::default() };
         let end = memory.end_at(capacity);
         memory.mapped.lock().end = Some(memory.map(end, reserved - end)?);
         memory.resize(bytes)?;
@@ -93,10 +99,8 @@ impl VideoMemory {
         if needed > to && fault::strikes_once("alloc") {
             check("cuMemCreate", CUresult::CUDA_ERROR_OUT_OF_MEMORY)?;
         }
-        let largest = (self.reserved / MOST_CHUNKS).clamp(self.granularity, LARGEST_CHUNK);
-        let largest = largest.next_multiple_of(self.granularity);
         while to < needed {
-            let size = largest.min(needed - to);
+            let size = self.largest.min(needed - to);
             match self.map(to, size) {
                 Ok(chunk) => mapped.chunks.push(chunk),
                 Err(e) => {
