@@ -90,7 +90,7 @@ pub struct PredictConfig {
 impl Default for PredictConfig {
     fn default() -> Self {
         PredictConfig {
-            margin: 0.12,
+            margin: 0.09,
             lag: 1,
             half_life: 3.0,
             horizon: 8,
@@ -182,8 +182,10 @@ struct OwnFit {
     b: [f64; OWN.len() + 1],
 }
 
-/// Recursive least squares for the matrix.
+/// Recursive least squares for the matrix. Examples are learned from in batches: one by one they would have to read and
+/// write all of the matrix each, from memory that other threads are busy with.
 struct SharedFit {
+    rank: usize,
     /// Inverse of the inputs' second moments, rank x rank.
     inverse: Vec<f64>,
     /// Row by direction, column by expert.
@@ -191,9 +193,18 @@ struct SharedFit {
     /// How well the matrix has predicted: its predictions' moments with the truth, and their own.
     with_truth: f64,
     own: f64,
-    gain: Vec<f64>,
-    error: Vec<f32>,
+    /// Examples that wait for the batch to be full: their inputs, and what the first part left over.
+    waiting: usize,
+    inputs: Vec<f32>,
+    left: Vec<f32>,
+    // scratch, a row by example
+    predicted: Vec<f32>,
+    spread: Vec<f64>,
+    gains: Vec<f64>,
 }
+
+/// Examples of a batch.
+const BATCH: usize = rows::ROWS;
 
 /// A hash, for signs that are the same on every machine.
 fn mix(mut x: u64) -> u64 {
@@ -213,22 +224,50 @@ fn decay(half_life: f32) -> f32 {
     (-1.0 / half_life).exp2()
 }
 
-/// `out[e] += sum over i of z[i] * matrix[i][e]`, in that order.
-fn add_product(out: &mut [f32], matrix: &[f32], z: &[f32]) {
-    const BLOCK: usize = 1024; // of `out` that stays in the first cache
-    let n = out.len();
-    for (b, out) in out.chunks_mut(BLOCK).enumerate() {
-        for (i, z) in z.iter().enumerate() {
-            rows::add_scaled(out, &matrix[i * n + b * BLOCK..][..out.len()], *z);
+/// Columns of the matrix that are worked on at a time: with a group of rows they stay in the first cache.
+const BLOCK: usize = 512;
+
+/// `out[e] += sum over i of z[i] * matrix[i][e]`, in that order, for each of `outs` and its `z`.
+fn add_products(outs: &mut [f32], matrix: &[f32], zs: &[f32], rank: usize) {
+    let n = matrix.len() / rank;
+    for from in (0..n).step_by(BLOCK) {
+        let block = from..n.min(from + BLOCK);
+        let row = |i: usize| &matrix[i * n..][block.clone()];
+        for first in (0..rank).step_by(rows::ROWS) {
+            for (out, z) in outs.chunks_exact_mut(n).zip(zs.chunks_exact(rank)) {
+                let out = &mut out[block.clone()];
+                if first + rows::ROWS <= rank {
+                    let group = std::array::from_fn(|k| row(first + k));
+                    rows::add_rows(out, group, std::array::from_fn(|k| z[first + k]));
+                } else {
+                    (first..rank).for_each(|i| rows::add_scaled(out, row(i), z[i]));
+                }
+            }
         }
     }
 }
 
-/// `matrix[i][e] += gain[i] * error[e]`.
-fn add_outer(matrix: &mut [f32], gain: &[f64], error: &[f32]) {
-    for (row, g) in matrix.chunks_exact_mut(error.len()).zip(gain) {
-        rows::add_scaled(row, error, *g as f32);
+/// The rows of `x`, one for each example of a batch.
+fn batch_of<T>(x: &[T]) -> [&[T]; BATCH] {
+    let n = x.len() / BATCH;
+    std::array::from_fn(|b| &x[b * n..][..n])
+}
+
+/// The inverse of a positive definite matrix, by Gauss without pivots.
+fn inverse_of<const N: usize>(mut a: [[f64; N]; N]) -> [[f64; N]; N] {
+    let mut inverse = [[0.0; N]; N];
+    (0..N).for_each(|i| inverse[i][i] = 1.0);
+    for i in 0..N {
+        let pivot = a[i][i];
+        a[i].iter_mut().chain(&mut inverse[i]).for_each(|v| *v /= pivot);
+        let (of, its) = (a[i], inverse[i]);
+        for r in (0..N).filter(|r| *r != i) {
+            let f = a[r][i];
+            a[r].iter_mut().zip(of).for_each(|(v, o)| *v -= f * o);
+            inverse[r].iter_mut().zip(its).for_each(|(v, o)| *v -= f * o);
+        }
     }
+    inverse
 }
 
 impl OwnFit {
@@ -293,12 +332,17 @@ impl SharedFit {
             inverse[i * rank + i] = 1.0 / ridge;
         }
         SharedFit {
+            rank,
             inverse,
             matrix: vec![0.0; rank * n_keys],
             with_truth: 0.0,
             own: 1e-3,
-            gain: vec![0.0; rank],
-            error: vec![0.0; n_keys],
+            waiting: 0,
+            inputs: vec![0.0; BATCH * rank],
+            left: vec![0.0; BATCH * n_keys],
+            predicted: vec![0.0; BATCH * n_keys],
+            spread: vec![0.0; BATCH * rank],
+            gains: vec![0.0; BATCH * rank],
         }
     }
 
@@ -308,34 +352,72 @@ impl SharedFit {
     }
 
     fn learn(&mut self, example: &Example, memory: f64) {
-        let rank = self.gain.len();
-        let z = &example.z;
-        self.error.fill(0.0);
-        add_product(&mut self.error, &self.matrix, z);
-        let (mut with_truth, mut own) = (0.0, 0.0);
-        for ((e, truth), first) in self.error.iter_mut().zip(&example.uses).zip(&example.own) {
-            let left = truth - first;
-            with_truth += f64::from(*e * left);
-            own += f64::from(*e * *e);
-            *e = left - *e;
+        let n = example.uses.len();
+        self.inputs[self.waiting * self.rank..][..self.rank].copy_from_slice(&example.z);
+        let left = &mut self.left[self.waiting * n..][..n];
+        for ((left, truth), first) in left.iter_mut().zip(&example.uses).zip(&example.own) {
+            *left = truth - first;
         }
-        self.with_truth = self.with_truth * 0.998 + with_truth;
-        self.own = self.own * 0.998 + own;
+        self.waiting += 1;
+        if self.waiting == BATCH {
+            self.waiting = 0;
+            self.learn_batch(memory.powi(BATCH as i32));
+        }
+    }
+
+    /// Least squares of a batch as a whole, of which `memory` leaves so much of what was learned before.
+    fn learn_batch(&mut self, memory: f64) {
+        let (rank, n) = (self.rank, self.left.len() / BATCH);
+        self.predicted.fill(0.0);
+        add_products(&mut self.predicted, &self.matrix, &self.inputs, rank);
+        for (predicted, left) in self.predicted.chunks_exact(n).zip(self.left.chunks_exact_mut(n)) {
+            let (mut with_truth, mut own) = (0.0, 0.0);
+            for (p, left) in predicted.iter().zip(left) {
+                with_truth += f64::from(p * *left);
+                own += f64::from(p * p);
+                *left -= p;
+            }
+            self.with_truth = self.with_truth * 0.998 + with_truth;
+            self.own = self.own * 0.998 + own;
+        }
 
         // the inverse is symmetric, so its rows are its columns
-        self.gain.fill(0.0);
-        for (row, z) in self.inverse.chunks_exact(rank).zip(z) {
-            rows::add_scaled_f64(&mut self.gain, row, f64::from(*z));
+        self.spread.fill(0.0);
+        for first in (0..rank).step_by(rows::ROWS) {
+            let row = |i: usize| &self.inverse[i * rank..][..rank];
+            for (out, z) in self.spread.chunks_exact_mut(rank).zip(self.inputs.chunks_exact(rank)) {
+                if first + rows::ROWS <= rank {
+                    let group = std::array::from_fn(|k| row(first + k));
+                    rows::add_rows_f64(out, group, std::array::from_fn(|k| f64::from(z[first + k])));
+                } else {
+                    (first..rank).for_each(|i| rows::add_scaled_f64(out, row(i), f64::from(z[i])));
+                }
+            }
         }
-        let spread: f64 = self.gain.iter().zip(z).map(|(gain, z)| gain * f64::from(*z)).sum();
-        let denominator = memory + spread;
-        for (row, g) in self.inverse.chunks_exact_mut(rank).zip(&self.gain) {
-            rows::subtract_and_grow(row, &self.gain, g / denominator, 1.0 / memory);
+        let (inputs, spread) = (batch_of(&self.inputs), batch_of(&self.spread));
+        let moments: [[f64; BATCH]; BATCH] = std::array::from_fn(|b| {
+            std::array::from_fn(|c| {
+                let moment: f64 = inputs[b].iter().zip(spread[c]).map(|(z, s)| f64::from(*z) * s).sum();
+                if b == c { memory + moment } else { moment }
+            })
+        });
+        let weights = inverse_of(moments);
+        self.gains.fill(0.0);
+        for (gain, weights) in self.gains.chunks_exact_mut(rank).zip(weights) {
+            rows::add_rows_f64(gain, spread, weights);
         }
-        for g in &mut self.gain {
-            *g /= denominator;
+
+        let (gains, left) = (batch_of(&self.gains), batch_of(&self.left));
+        for (i, row) in self.inverse.chunks_exact_mut(rank).enumerate() {
+            rows::add_rows_and_grow(row, spread, gains.map(|g| -g[i]), 1.0 / memory);
         }
-        add_outer(&mut self.matrix, &self.gain, &self.error);
+        for from in (0..n).step_by(BLOCK) {
+            let block = from..n.min(from + BLOCK);
+            let left = left.map(|l| &l[block.clone()]);
+            for (i, row) in self.matrix.chunks_exact_mut(n).enumerate() {
+                rows::add_rows(&mut row[block.clone()], left, gains.map(|g| g[i] as f32));
+            }
+        }
     }
 }
 
@@ -491,7 +573,7 @@ impl Predict {
         if self.config.shared && trust > 0.0 {
             self.project();
             self.z.iter_mut().for_each(|z| *z *= trust);
-            add_product(&mut self.scores, &self.fit.matrix, &self.z);
+            add_products(&mut self.scores, &self.fit.matrix, &self.z, self.rank + 1);
         }
     }
 }
@@ -564,6 +646,60 @@ impl Policy for Predict {
         self.evidence.watch(&out[from..]);
         if self.gave_up() {
             keep_fills(out, from);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The matrix that least squares with a ridge gives, by Gauss, row by input.
+    fn least_squares(examples: &[Example], ridge: f64) -> Vec<Vec<f64>> {
+        let (rank, n) = (examples[0].z.len(), examples[0].uses.len());
+        let mut a = vec![vec![0.0; rank + n]; rank];
+        for (i, row) in a.iter_mut().enumerate() {
+            row[i] = ridge;
+            for e in examples {
+                let z = f64::from(e.z[i]);
+                (0..rank).for_each(|j| row[j] += z * f64::from(e.z[j]));
+                (0..n).for_each(|k| row[rank + k] += z * f64::from(e.uses[k] - e.own[k]));
+            }
+        }
+        for i in 0..rank {
+            let pivot = a[i][i];
+            a[i].iter_mut().for_each(|v| *v /= pivot);
+            let of = a[i].clone();
+            for (_, row) in a.iter_mut().enumerate().filter(|(r, _)| *r != i) {
+                let f = row[i];
+                row.iter_mut().zip(&of).for_each(|(v, o)| *v -= f * o);
+            }
+        }
+        a.into_iter().map(|row| row[rank..].to_vec()).collect()
+    }
+
+    #[test]
+    fn batches_learn_what_least_squares_of_all_examples_gives() {
+        // neither fills its last group of vectors
+        let (rank, n, ridge) = (21, BLOCK + 37, 3.0);
+        let draw = |i: usize| (mix(i as u64) >> 40) as f32 / (1u64 << 24) as f32 - 0.5;
+        let example = |e: usize| Example {
+            age: 0,
+            z: (0..rank).map(|i| draw(e * 1000 + i)).collect(),
+            own: (0..n).map(|k| draw(e * 5000 + k)).collect(),
+            rates: Vec::new(),
+            uses: (0..n).map(|k| draw(e * 7000 + 3 * k)).collect(),
+        };
+        let examples: Vec<Example> = (0..5 * BATCH).map(example).collect();
+        let mut fit = SharedFit::new(rank, n, ridge);
+        for (i, e) in examples.iter().enumerate() {
+            fit.learn(e, 1.0);
+            if (i + 1) % BATCH == 0 {
+                let expected = least_squares(&examples[..=i], ridge);
+                for (row, expected) in fit.matrix.chunks_exact(n).zip(expected) {
+                    assert!(row.iter().zip(expected).all(|(w, x)| (f64::from(*w) - x).abs() < 1e-5));
+                }
+            }
         }
     }
 }

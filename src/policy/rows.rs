@@ -6,7 +6,7 @@
 use std::arch::x86_64::{
     __m128i, __m256i, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_pd, _mm256_add_ps, _mm256_cvtepi8_epi16,
     _mm256_loadu_pd, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mul_pd, _mm256_mul_ps, _mm256_set1_pd,
-    _mm256_set1_ps, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_pd,
+    _mm256_set1_ps, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
 /// A function that does with vectors what its tail does one by one.
@@ -64,14 +64,66 @@ row_fn! {
     |o, x| *o + a * x
 }
 
-row_fn! {
-    /// `out[i] = (out[i] - a * x[i]) * grow`.
-    subtract_and_grow(out: [f64], x: [f64], a: f64, grow: f64), 4,
-    |o, x| {
-        let less = _mm256_sub_pd(_mm256_loadu_pd(o), _mm256_mul_pd(_mm256_set1_pd(a), _mm256_loadu_pd(x)));
-        _mm256_storeu_pd(o, _mm256_mul_pd(less, _mm256_set1_pd(grow)));
-    },
-    |o, x| (*o - a * x) * grow
+/// Rows that are read in one pass.
+pub const ROWS: usize = 8;
+
+/// A function of a row and [`ROWS`] others, which are added to it one after the other, so that the sums are those of
+/// one pass for each.
+macro_rules! rows_fn {
+    ($(#[$doc:meta])* $name:ident([$t:ty] $(, $arg:ident: $at:ty)*), $lanes:literal, $load:ident, $store:ident, $set:ident,
+     $add:ident, $mul:ident, |$v:ident| $vector:expr, |$s:ident| $scalar:expr) => {
+        $(#[$doc])*
+        pub fn $name(out: &mut [$t], rows: [&[$t]; ROWS], factors: [$t; ROWS] $(, $arg: $at)*) {
+            fn one_by_one(out: &mut [$t], from: usize, rows: [&[$t]; ROWS], factors: [$t; ROWS] $(, $arg: $at)*) {
+                for (i, o) in out.iter_mut().enumerate().skip(from) {
+                    let $s = rows.iter().zip(factors).fold(*o, |sum, (row, f)| sum + f * row[i]);
+                    *o = $scalar;
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2")]
+                fn avx2(out: &mut [$t], rows: [&[$t]; ROWS], factors: [$t; ROWS] $(, $arg: $at)*) {
+                    let whole = out.len() / $lanes * $lanes;
+                    let of = factors.map(|f| $set(f));
+                    for i in (0..whole).step_by($lanes) {
+                        // SAFETY: all rows have as many elements as `out`, and `i + lanes` is within them
+                        unsafe {
+                            let o = out.as_mut_ptr().add(i);
+                            let mut $v = $load(o);
+                            for (row, f) in rows.iter().zip(of) {
+                                $v = $add($v, $mul(f, $load(row.as_ptr().add(i))));
+                            }
+                            $store(o, $vector);
+                        }
+                    }
+                    one_by_one(out, whole, rows, factors $(, $arg)*);
+                }
+                if is_x86_feature_detected!("avx2") {
+                    rows.iter().for_each(|row| assert_eq!(out.len(), row.len()));
+                    // SAFETY: the CPU has it
+                    return unsafe { avx2(out, rows, factors $(, $arg)*) };
+                }
+            }
+            one_by_one(out, 0, rows, factors $(, $arg)*);
+        }
+    };
+}
+
+rows_fn! {
+    /// `out[i] += factors[0] * rows[0][i]`, then the next row.
+    add_rows([f32]), 8, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_add_ps, _mm256_mul_ps, |v| v, |s| s
+}
+
+rows_fn! {
+    /// `out[i] += factors[0] * rows[0][i]`, then the next row.
+    add_rows_f64([f64]), 4, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_set1_pd, _mm256_add_pd, _mm256_mul_pd, |v| v, |s| s
+}
+
+rows_fn! {
+    /// As [`add_rows_f64`], and the sum times `grow`.
+    add_rows_and_grow([f64], grow: f64), 4, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_set1_pd, _mm256_add_pd, _mm256_mul_pd,
+    |v| _mm256_mul_pd(v, _mm256_set1_pd(grow)), |s| s * grow
 }
 
 row_fn! {
@@ -100,12 +152,16 @@ mod tests {
             let (mut a, mut b, mut c, mut d) = (narrow.clone(), x.clone(), x.clone(), vec![5i16; n as usize]);
             add_scaled(&mut a, &narrow, 0.1);
             add_scaled_f64(&mut b, &x, 0.1);
-            subtract_and_grow(&mut c, &x, 0.1, 1.7);
+            let factors = std::array::from_fn(|k| k as f64 * 0.3 - 1.0);
+            add_rows_and_grow(&mut c, [&x; ROWS], factors, 1.7);
+            let mut e = narrow.clone();
+            add_rows(&mut e, [&narrow; ROWS], factors.map(|f| f as f32));
             add_signs(&mut d, &signs);
             for i in 0..n as usize {
                 assert_eq!(a[i], narrow[i] + 0.1 * narrow[i]);
                 assert_eq!(b[i], x[i] + 0.1 * x[i]);
-                assert_eq!(c[i], (x[i] - 0.1 * x[i]) * 1.7);
+                assert_eq!(c[i], factors.iter().fold(x[i], |sum, f| sum + f * x[i]) * 1.7);
+                assert_eq!(e[i], factors.iter().fold(narrow[i], |sum, f| sum + *f as f32 * narrow[i]));
                 assert_eq!(d[i], 5 + i16::from(signs[i]));
             }
         }

@@ -72,7 +72,8 @@ impl VideoMemory {
         let mut address = 0;
         cu!(cuMemAddressReserve(&mut address, reserved, 0, 0, 0))?;
         // from here on `drop` gives back what there is
-        let memory = VideoMemory { device, address, reserved, granularity, largest, mapped: Mutex::default() };
+        let memory =
+            VideoMemory { device, address, reserved, granularity, largest, mapped: Mutex::default() };
         let end = memory.end_at(capacity);
         memory.mapped.lock().end = Some(memory.map(end, reserved - end)?);
         memory.resize(bytes)?;
