@@ -436,6 +436,7 @@ fn a_list_of_policies_keeps_the_constants_of_each_together() {
 
 /// Each rule of a policy that can be turned off changes what it does.
 #[test]
+#[cfg_attr(miri, ignore = "half an hour there, and the tests below run the same code")]
 fn every_rule_that_is_off_changes_the_decisions() {
     let uses = |t: u16| -> Vec<u16> {
         // blocks of 40 tokens with six experts of their own, one of them by turns, and strangers
