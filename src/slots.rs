@@ -40,10 +40,13 @@ enum Slot {
         next: Key,
         since: Stamp,
     },
-    /// `then` replaces `key` as soon as the copy has ended.
+    /// Being copied into; published when that has ended.
     Copying {
         key: Key,
-        then: Option<Key>,
+    },
+    /// Being copied into for nothing: somebody else got the slot meanwhile, or it was closed.
+    Overtaken {
+        next: Option<Key>,
     },
 }
 
@@ -107,7 +110,8 @@ impl SlotTable {
                     *s = Slot::Closing { since: now };
                 }
                 Slot::Retiring { since, .. } => *s = Slot::Closing { since },
-                Slot::Copying { key, .. } => *s = Slot::Copying { key, then: None },
+                // also when it opens again before the copy has ended: the expert may be elsewhere by then
+                Slot::Copying { .. } | Slot::Overtaken { .. } => *s = Slot::Overtaken { next: None },
                 Slot::Empty | Slot::Closing { .. } => {}
             }
         }
@@ -132,8 +136,8 @@ impl SlotTable {
     pub fn assigned(&self) -> impl Iterator<Item = Option<Key>> + '_ {
         self.slots[..self.open].iter().map(|s| match *s {
             Slot::Empty | Slot::Closing { .. } => None,
-            Slot::Resident { key } | Slot::Retiring { next: key, .. } => Some(key),
-            Slot::Copying { key, then } => Some(then.unwrap_or(key)),
+            Slot::Resident { key } | Slot::Retiring { next: key, .. } | Slot::Copying { key } => Some(key),
+            Slot::Overtaken { next } => next,
         })
     }
 
@@ -160,9 +164,11 @@ impl SlotTable {
                 (Slot::Retiring { next: key, since: now }, Action::Retire { key: old })
             }
             Slot::Retiring { since, .. } => (Slot::Retiring { next: key, since }, Action::None),
-            Slot::Copying { key: old, .. } => (Slot::Copying { key: old, then: Some(key) }, Action::None),
+            Slot::Copying { .. } | Slot::Overtaken { .. } => {
+                (Slot::Overtaken { next: Some(key) }, Action::None)
+            }
         };
-        let waits = matches!(*s, Slot::Retiring { .. } | Slot::Copying { .. });
+        let waits = matches!(*s, Slot::Retiring { .. } | Slot::Copying { .. } | Slot::Overtaken { .. });
         *s = next;
         if !waits {
             self.retiring.push(slot);
@@ -177,7 +183,7 @@ impl SlotTable {
         let mut left = most;
         self.retiring.retain(|&slot| match slots[slot as usize] {
             Slot::Retiring { next, since } if left > 0 && oldest.is_none_or(|o| o > since) => {
-                slots[slot as usize] = Slot::Copying { key: next, then: None };
+                slots[slot as usize] = Slot::Copying { key: next };
                 start(slot, next);
                 left -= 1;
                 false
@@ -189,32 +195,31 @@ impl SlotTable {
     /// The copy into `slot` has ended, at a step boundary.
     pub fn copied(&mut self, slot: u32, ok: bool) -> Action {
         let s = &mut self.slots[slot as usize];
-        let Slot::Copying { key, then } = *s else {
-            unreachable!("a copy was reported for a slot that was not being copied into: {s:?}");
-        };
-        let open = (slot as usize) < self.open;
-        match then {
+        match *s {
+            Slot::Copying { key } if ok => {
+                *s = Slot::Resident { key };
+                Action::Publish { key }
+            }
             // nobody has ever read this slot since its last retirement
-            Some(next) => {
+            Slot::Overtaken { next: Some(next) } => {
                 *s = Slot::Retiring { next, since: 0 };
                 self.retiring.push(slot);
                 Action::None
             }
-            None if ok && open => {
-                *s = Slot::Resident { key };
-                Action::Publish { key }
-            }
-            // closed meanwhile, or nothing there
-            None => {
+            Slot::Copying { .. } | Slot::Overtaken { next: None } => {
                 *s = Slot::Empty;
                 Action::None
             }
+            _ => unreachable!("a copy was reported for a slot that was not being copied into: {s:?}"),
         }
     }
 
     /// Swaps that have not ended.
     pub fn in_flight(&self) -> usize {
-        self.slots.iter().filter(|s| matches!(s, Slot::Retiring { .. } | Slot::Copying { .. })).count()
+        self.slots
+            .iter()
+            .filter(|s| matches!(s, Slot::Retiring { .. } | Slot::Copying { .. } | Slot::Overtaken { .. }))
+            .count()
     }
 }
 
@@ -234,6 +239,22 @@ mod tests {
         let mut got = Vec::new();
         t.start_copies(oldest, usize::MAX, |s, k| got.push((s, k)));
         got
+    }
+
+    #[test]
+    fn a_slot_that_opens_again_does_not_publish_who_was_overtaken() {
+        let mut t = SlotTable::new(2, 2);
+        t.assign(1, key(1), 1);
+        assert_eq!(started(&mut t, None), [(1, key(1))]);
+        // expert 1 is free again and gets another slot
+        t.assign(1, key(2), 2);
+        t.assign(0, key(1), 3);
+        assert_eq!(started(&mut t, None), [(0, key(1))]);
+        assert_eq!(t.copied(0, true), Action::Publish { key: key(1) });
+        t.set_open(1, 4, |key| unreachable!("{key:?} is not there yet"));
+        t.set_open(2, 5, |_| unreachable!("slots only open"));
+        assert_eq!(t.copied(1, true), Action::None, "expert 1 has slot 0");
+        assert_eq!(t.assigned().collect::<Vec<_>>(), [Some(key(1)), None]);
     }
 
     #[test]
