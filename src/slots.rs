@@ -50,6 +50,13 @@ enum Slot {
     },
 }
 
+impl Slot {
+    /// In the middle of a swap.
+    fn in_flight(&self) -> bool {
+        matches!(self, Slot::Retiring { .. } | Slot::Copying { .. } | Slot::Overtaken { .. })
+    }
+}
+
 /// What the owner of the map has to do after a transition.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
@@ -168,7 +175,7 @@ impl SlotTable {
                 (Slot::Overtaken { next: Some(key) }, Action::None)
             }
         };
-        let waits = matches!(*s, Slot::Retiring { .. } | Slot::Copying { .. } | Slot::Overtaken { .. });
+        let waits = s.in_flight();
         *s = next;
         if !waits {
             self.retiring.push(slot);
@@ -216,10 +223,7 @@ impl SlotTable {
 
     /// Swaps that have not ended.
     pub fn in_flight(&self) -> usize {
-        self.slots
-            .iter()
-            .filter(|s| matches!(s, Slot::Retiring { .. } | Slot::Copying { .. } | Slot::Overtaken { .. }))
-            .count()
+        self.slots.iter().filter(|s| s.in_flight()).count()
     }
 }
 

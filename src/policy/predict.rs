@@ -228,8 +228,20 @@ fn decay(half_life: f32) -> f32 {
 /// Columns of the matrix that are worked on at a time: with a group of rows they stay in the first cache.
 const BLOCK: usize = 512;
 
-/// `out[e] += sum over i of z[i] * matrix[i][e]`, in that order, for each of `outs` and its `z`.
-fn add_products(outs: &mut [f32], matrix: &[f32], zs: &[f32], rank: usize) {
+type AddRows<T> = fn(&mut [T], [&[T]; rows::ROWS], [T; rows::ROWS]);
+type AddRow<T> = fn(&mut [T], &[T], T);
+const IN_F32: (AddRows<f32>, AddRow<f32>) = (rows::add_rows, rows::add_scaled);
+const IN_F64: (AddRows<f64>, AddRow<f64>) = (rows::add_rows_f64, rows::add_scaled_f64);
+
+/// `out[e] += sum over i of z[i] * matrix[i][e]`, in that order, for each of `outs` and its `z`; with the functions of
+/// [`rows`] that add several rows and one.
+fn add_products<T: Copy + From<f32>>(
+    outs: &mut [T],
+    matrix: &[T],
+    zs: &[f32],
+    rank: usize,
+    (add_rows, add_row): (AddRows<T>, AddRow<T>),
+) {
     let n = matrix.len() / rank;
     for from in (0..n).step_by(BLOCK) {
         let block = from..n.min(from + BLOCK);
@@ -239,9 +251,9 @@ fn add_products(outs: &mut [f32], matrix: &[f32], zs: &[f32], rank: usize) {
                 let out = &mut out[block.clone()];
                 if first + rows::ROWS <= rank {
                     let group = std::array::from_fn(|k| row(first + k));
-                    rows::add_rows(out, group, std::array::from_fn(|k| z[first + k]));
+                    add_rows(out, group, std::array::from_fn(|k| z[first + k].into()));
                 } else {
-                    (first..rank).for_each(|i| rows::add_scaled(out, row(i), z[i]));
+                    (first..rank).for_each(|i| add_row(out, row(i), z[i].into()));
                 }
             }
         }
@@ -370,7 +382,7 @@ impl SharedFit {
     fn learn_batch(&mut self, memory: f64) {
         let (rank, n) = (self.rank, self.left.len() / BATCH);
         self.predicted.fill(0.0);
-        add_products(&mut self.predicted, &self.matrix, &self.inputs, rank);
+        add_products(&mut self.predicted, &self.matrix, &self.inputs, rank, IN_F32);
         for (predicted, left) in self.predicted.chunks_exact(n).zip(self.left.chunks_exact_mut(n)) {
             let (mut with_truth, mut own) = (0.0, 0.0);
             for (p, left) in predicted.iter().zip(left) {
@@ -384,17 +396,7 @@ impl SharedFit {
 
         // the inverse is symmetric, so its rows are its columns
         self.spread.fill(0.0);
-        for first in (0..rank).step_by(rows::ROWS) {
-            let row = |i: usize| &self.inverse[i * rank..][..rank];
-            for (out, z) in self.spread.chunks_exact_mut(rank).zip(self.inputs.chunks_exact(rank)) {
-                if first + rows::ROWS <= rank {
-                    let group = std::array::from_fn(|k| row(first + k));
-                    rows::add_rows_f64(out, group, std::array::from_fn(|k| f64::from(z[first + k])));
-                } else {
-                    (first..rank).for_each(|i| rows::add_scaled_f64(out, row(i), f64::from(z[i])));
-                }
-            }
-        }
+        add_products(&mut self.spread, &self.inverse, &self.inputs, rank, IN_F64);
         let (inputs, spread) = (batch_of(&self.inputs), batch_of(&self.spread));
         let moments: [[f64; BATCH]; BATCH] = std::array::from_fn(|b| {
             std::array::from_fn(|c| {
@@ -574,7 +576,7 @@ impl Predict {
         if self.config.shared && trust > 0.0 {
             self.project();
             self.z.iter_mut().for_each(|z| *z *= trust);
-            add_products(&mut self.scores, &self.fit.matrix, &self.z, self.rank + 1);
+            add_products(&mut self.scores, &self.fit.matrix, &self.z, self.rank + 1, IN_F32);
         }
     }
 }
