@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use parking_lot::Mutex;
 
-use crate::policy::{PolicyError, PolicySpec};
+use crate::policy::{PolicyError, PolicyKind, PolicySpec};
 
 /// A refused value or name.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -55,6 +55,14 @@ pub enum AutoOff {
     Off,
 }
 
+/// What is allowed as a policy, beside `auto`.
+pub(crate) fn policy_error(e: PolicyError) -> String {
+    match e {
+        PolicyError::Name => format!("auto or {e}"),
+        e => e.to_string(),
+    }
+}
+
 /// The options of one pool.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Config {
@@ -70,8 +78,8 @@ pub struct Config {
     pub kernels: Kernels,
     /// Ubatches of more tokens take the stock graph; `None`: as the device says.
     pub pp_bypass: Option<u32>,
-    /// Who decides what gets a slot.
-    pub policy: PolicySpec,
+    /// Who decides what gets a slot; `None`: as the device says, see [`Config::policy_of`].
+    pub policy: Option<PolicySpec>,
     /// Cold-engine workers; `None`: a core each that ggml leaves.
     pub threads: Option<u32>,
     /// Whose experts the slots begin with.
@@ -105,6 +113,13 @@ impl Config {
         expert_bytes.saturating_mul(self.slots_of(n_expert).into()).min(most)
     }
 
+    /// Who decides what gets a slot on a GPU, or in host memory. There an expert is read as fast from a slot as from
+    /// anywhere else, so that predictions would cost more than they gain.
+    pub fn policy_of(&self, on_gpu: bool) -> PolicySpec {
+        let usual = if on_gpu { PolicyKind::Predict } else { PolicyKind::Decay };
+        self.policy.unwrap_or(usual.into())
+    }
+
     /// What was asked for, in the words of the options.
     pub fn requested(&self) -> String {
         let k = self.k.map_or("auto".into(), |k| k.to_string());
@@ -121,11 +136,11 @@ impl Default for Config {
         Config {
             k: Some(0),
             vram: None,
-            rebalance_interval: 4,
+            rebalance_interval: 2,
             link: true,
             kernels: Kernels::Auto,
             pp_bypass: None,
-            policy: PolicySpec::default(),
+            policy: None,
             threads: None,
             profile: None,
             profile_out: None,
@@ -203,10 +218,10 @@ const OPTIONS: [Opt; 12] = [
         name: "moe-hot-policy",
         env: "LLAMA_ARG_MOE_HOT_POLICY",
         parse: |c, v| {
-            c.policy = v.parse().map_err(|e: PolicyError| e.to_string())?;
+            c.policy = if v == "auto" { None } else { Some(v.parse().map_err(policy_error)?) };
             Ok(())
         },
-        show: |c| c.policy.to_string(),
+        show: |c| c.policy.map_or("auto".into(), |p| p.to_string()),
     },
     Opt {
         name: "moe-hot-threads",
@@ -454,7 +469,7 @@ mod tests {
             ("moe-hot-rebalance-interval", "1048577", interval),
             ("moe-hot-rebalance-interval", "often", interval),
             ("moe-hot-pp-bypass", "0", "auto or a number of tokens, 1 or more"),
-            ("moe-hot-policy", "fifo", "one of decay, lru, lfu, static, lfru, s3fifo, predict"),
+            ("moe-hot-policy", "fifo", "auto or one of decay, lru, lfu, static, lfru, s3fifo, predict"),
             (
                 "moe-hot-policy",
                 "decay:window=9",
@@ -572,7 +587,7 @@ mod tests {
             link: false,
             kernels: Kernels::Ggml,
             pp_bypass: Some(4),
-            policy: "predict:margin=0.2:shared=off".parse().unwrap(),
+            policy: Some("predict:margin=0.2:shared=off".parse().unwrap()),
             threads: Some(0),
             profile: Some("/tmp/p".into()),
             profile_out: Some("/tmp/o".into()),
@@ -580,6 +595,12 @@ mod tests {
         };
         assert_eq!(o.snapshot(no_env).unwrap(), expected);
         o.set("moe-hot-threads", Some("auto")).unwrap();
-        assert_eq!(o.snapshot(no_env).unwrap().threads, None);
+        o.set("moe-hot-policy", Some("auto")).unwrap();
+        let auto = o.snapshot(no_env).unwrap();
+        assert_eq!((auto.threads, auto.policy), (None, None));
+        assert_eq!(
+            [true, false].map(|gpu| auto.policy_of(gpu).kind()),
+            [PolicyKind::Predict, PolicyKind::Decay]
+        );
     }
 }

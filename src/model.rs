@@ -440,6 +440,7 @@ impl Model {
                 ));
             }
         }
+        let policy = self.config.policy_of(matches!(device, Device::Cuda(_)));
         let mut policies = Vec::new();
         for ((shape, members), memory) in shapes.into_iter().zip(allocated.memory) {
             let capacity = members.iter().map(|l| layers[*l].n_expert as u32).sum();
@@ -457,7 +458,7 @@ impl Model {
             policies.push(ClassPolicy {
                 layers: members.clone(),
                 shape,
-                policy: policy::build(self.config.policy, shape),
+                policy: policy::build(policy, shape),
             });
             let expert_bytes = shape.expert_bytes as usize;
             classes.push(Class { layers: members, capacity, memory, expert_bytes });
@@ -525,7 +526,7 @@ impl Model {
                 0 => String::new(),
                 n => format!(" ({n} over the link too, {copy_rate:.0} GB/s)"),
             },
-            self.config.policy,
+            policy,
             self.config.rebalance_interval,
             max_tokens,
             workers.len(),
@@ -589,7 +590,7 @@ impl Model {
             name: name.into(),
             skipped: offers.skipped.clone(),
             registered: registration.as_ref().map_or(0, |r| r.bytes()),
-            policy: Mutex::new(self.config.policy),
+            policy: Mutex::new(policy),
             transfer,
             workers,
             device,
@@ -1433,10 +1434,14 @@ fn allocate(
     let needed = bytes(shapes);
     let most = config.vram.unwrap_or(u64::MAX).min(needed);
     let mib = |b: u64| b >> 20;
+    let free = match device {
+        Device::Host => budget::MARGIN,
+        Device::Cuda(_) => budget::MARGIN + budget::FIRST,
+    };
     // in host memory a number is taken at its word
     let room = match device {
         Device::Host if config.k.is_some() => None,
-        _ => Some(device.free(0)?.saturating_sub(budget::MARGIN)),
+        _ => Some(device.free(0)?.saturating_sub(free)),
     };
     let mut share = room.unwrap_or(u64::MAX).min(most) as f64 / needed as f64;
     // K and MiB are promises, "as many as there is room for" is not
@@ -1480,7 +1485,7 @@ fn allocate(
                         "moe-hot: {of} slots need {} MiB, there is room for {n} ({} MiB; {} MiB stay free)",
                         mib(most),
                         mib(bytes(shapes)),
-                        mib(budget::MARGIN)
+                        mib(free)
                     );
                 }
                 return Ok(Allocated { memory, most });

@@ -7,13 +7,14 @@
 use std::{path::PathBuf, sync::OnceLock};
 
 use moe_hot::{
+    config::Config,
     policy::{Key, PolicySpec},
     replay::{self, Outcome, Routing, Scope},
     trace::{Step, TraceHeader, TraceLayer, TraceReader},
 };
 
-/// The policy and the tokens between two plans that meet the bars.
-const BEST: (&str, u32) = ("predict", 1);
+/// The policy on a GPU and the tokens between two plans, where nothing else is asked for.
+const DEFAULT: (&str, u32) = ("predict", 2);
 /// Slots a layer of 64 experts, and most reads.
 const BARS: [(u32, f64); 3] = [(8, 1.40), (16, 1.62), (24, 1.82)];
 const MIN_HITS_PER_UPLOAD: f64 = 10.0;
@@ -66,7 +67,7 @@ fn hits_by_step(routing: &Routing, policy: &str, k: u32, interval: u32) -> (Outc
     (outcome, steps.collect())
 }
 
-/// A run of the best policy on a kept trace.
+/// A run of the default policy on a kept trace.
 struct Run {
     trace: &'static str,
     k: u32,
@@ -81,7 +82,7 @@ fn runs() -> &'static [Run] {
     RUNS.get_or_init(|| {
         let jobs = TRACES.iter().flat_map(|trace| BARS.map(|(k, _)| (*trace, k))).collect();
         parallel(jobs, |(trace, k)| {
-            let (outcome, steps) = hits_by_step(kept(trace), BEST.0, k, BEST.1);
+            let (outcome, steps) = hits_by_step(kept(trace), DEFAULT.0, k, DEFAULT.1);
             Run { trace, k, outcome, steps }
         })
     })
@@ -89,6 +90,8 @@ fn runs() -> &'static [Run] {
 
 #[test]
 fn reads_on_recorded_text_are_within_the_bars() {
+    let config = Config::default();
+    assert_eq!((config.policy_of(true), config.rebalance_interval), (spec(DEFAULT.0), DEFAULT.1));
     for (k, most) in BARS {
         let (mut policy, mut best, mut fixed) = (None, None, None);
         let add = |sum: &mut Option<Outcome>, o: Outcome| match sum {
@@ -227,7 +230,7 @@ fn predict_learns_who_follows_whom_where_a_frequency_cannot() {
 /// another.
 fn bytes(routing: &Routing, policy: &str, k: u32) -> f64 {
     let of = |policy| {
-        let o = replay::replay(routing, spec(policy), k, BEST.1, |_, _, _| {});
+        let o = replay::replay(routing, spec(policy), k, DEFAULT.1, |_, _, _| {});
         (o.misses + o.uploads) as f64
     };
     of(policy) / of("static")
@@ -254,7 +257,7 @@ fn routing_made_to_be_hard_costs_at_most_2_percent_more_than_no_swaps() {
         ),
     ];
     for (name, routing) in &traces {
-        for policy in [BEST.0, "decay"] {
+        for policy in [DEFAULT.0, "decay"] {
             let bytes = bytes(routing, policy, K);
             assert!(bytes <= 1.02, "{name}, {policy}: {bytes:.4} times the bytes");
         }
@@ -277,10 +280,10 @@ fn a_run_on_a_gpu_replays_swap_by_swap() {
 fn a_replay_is_the_same_every_time() {
     let mut routing = kept("switch").clone();
     routing.steps.truncate(1500);
-    for policy in [BEST.0, "decay"] {
+    for policy in [DEFAULT.0, "decay"] {
         let run = || {
             let mut swaps = Vec::new();
-            let o = replay::replay(&routing, spec(policy), 16, BEST.1, |at, c, s| swaps.push((at, c, *s)));
+            let o = replay::replay(&routing, spec(policy), 16, DEFAULT.1, |at, c, s| swaps.push((at, c, *s)));
             (o, swaps)
         };
         let (a, b) = (run(), run());

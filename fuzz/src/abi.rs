@@ -402,7 +402,7 @@ impl Pool {
             classes: Vec::new(),
             name: String::new(),
             interval: config.rebalance_interval,
-            policy: config.policy,
+            policy: config.policy_of(false),
             frozen: false,
             always: config.auto_off != AutoOff::On,
         }

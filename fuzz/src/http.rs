@@ -120,8 +120,18 @@ pub struct Settings<'a> {
     twist: Option<Twist>,
 }
 
-const POLICIES: [&str; 9] =
-    ["decay", "lru", "lfu", "static", "lfru", "s3fifo", "predict", "predict:margin=0.2:shared=off", "none"];
+const POLICIES: [&str; 10] = [
+    "auto",
+    "decay",
+    "lru",
+    "lfu",
+    "static",
+    "lfru",
+    "s3fifo",
+    "predict",
+    "predict:margin=0.2:shared=off",
+    "none",
+];
 
 impl From<&Number> for Value {
     fn from(n: &Number) -> Value {
@@ -402,7 +412,11 @@ impl World {
         if interval.is_some_and(|n| !(1..=1 << 20).contains(&n)) {
             return Err("moe-hot-rebalance-interval: ");
         }
-        let policy = policy.map(|p| p.parse::<PolicySpec>().map_err(|_| "policy: ")).transpose()?;
+        let policy = policy.map(|p| match p {
+            "auto" => Ok(self.pools[pool].0.policy_of(false)),
+            p => p.parse::<PolicySpec>().map_err(|_| "policy: "),
+        });
+        let policy = policy.transpose()?;
         let bytes = match (k, vram_mib) {
             (Some(_), Some(_)) => return Err("k and vram_mib: "),
             (Some(k), None) => {

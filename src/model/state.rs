@@ -6,11 +6,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde::{Deserialize, Serialize};
 
 use super::{Active, Model, WATCHED, Watch, ranges};
-use crate::{
-    config,
-    policy::{self, PolicyError, PolicySpec},
-    telemetry::Stats,
-};
+use crate::{config, device::Device, policy, telemetry::Stats};
 
 /// A pool, as JSON shows it.
 #[derive(Serialize, Debug)]
@@ -152,10 +148,10 @@ impl Model {
         }
         let spec = match &change.policy {
             None => None,
-            Some(name) => Some(
-                name.parse::<PolicySpec>()
-                    .map_err(|e: PolicyError| format!("policy: '{name}' is not allowed, expected {e}"))?,
-            ),
+            Some(name) if name == "auto" => Some(self.config.policy_of(matches!(a.device, Device::Cuda(_)))),
+            Some(name) => Some(name.parse().map_err(|e| {
+                format!("policy: '{name}' is not allowed, expected {}", config::policy_error(e))
+            })?),
         };
         let bytes = match (change.k, change.vram_mib) {
             (Some(_), Some(_)) => return Err("k and vram_mib: expected one of them".into()),

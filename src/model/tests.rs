@@ -16,7 +16,7 @@ fn pool_of(k: u32, threads: u32) -> Arc<Model> {
     let config = Config {
         k: Some(k),
         rebalance_interval: 1,
-        policy: PolicyKind::Lru.into(),
+        policy: Some(PolicyKind::Lru.into()),
         threads: Some(threads),
         ..Config::default()
     };

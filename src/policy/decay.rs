@@ -1,4 +1,4 @@
-//! Decayed frequency with an admission gate and a margin: the default.
+//! Decayed frequency with an admission gate and a margin.
 //!
 //! An expert's score is the number of its uses, each halved every `half_life` tokens. Short memory
 //! follows the text; the gate keeps single uses out, which would only be copied to be evicted; the
@@ -8,7 +8,7 @@
 use super::{
     Key, Limits, Policy, PoolShape, Routed, Swap,
     evidence::{Evidence, keep_fills},
-    residency::{Residents, Touched, swaps},
+    residency::{Residents, Touched, first, swaps},
     rounds::Rounds,
     spec::{Param, ParamKind, Params},
 };
@@ -175,7 +175,7 @@ impl Policy for Decay {
                 }
             }
         }
-        candidates.sort_unstable_by(best_first);
+        first(&mut candidates, limits.max_swaps, best_first);
 
         self.victims.clear();
         if !free || candidates.len() > slots.iter().filter(|s| s.is_none()).count() {
@@ -185,7 +185,9 @@ impl Policy for Decay {
                 }
             }
             // worst first; equal scores: the later layer and expert goes first
-            self.victims.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+            let worst_first =
+                |a: &(f64, Key, u32), b: &(f64, Key, u32)| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1));
+            first(&mut self.victims, limits.max_swaps, worst_first);
         }
         let margin = self.config.margin;
         let from = out.len();

@@ -29,7 +29,7 @@ use std::collections::VecDeque;
 use super::{
     Key, Limits, Policy, PoolShape, Routed, Swap,
     evidence::{Evidence, keep_fills},
-    residency::Residents,
+    residency::{self, Residents},
     rounds::Rounds,
     rows,
     spec::{Param, ParamKind, Params},
@@ -49,8 +49,9 @@ const SHARED: [f32; 3] = [2.0, 8.0, 64.0];
 const TUNED_USES: f32 = 48.0;
 /// Fewest directions of the projection.
 const MIN_RANK: usize = 32;
-/// Entries of the matrix: bounds the time of a plan, about 0.2 ms for each million.
-const MAX_ENTRIES: usize = 1 << 21;
+/// Entries of the matrix: bounds the time of a plan, about 0.2 ms for each million, and what it takes of the cache from the
+/// threads that compute cold experts.
+const MAX_ENTRIES: usize = 1 << 19;
 /// Tokens at the end of a prompt that are learned from, in each ubatch of it.
 const PROMPT_TAIL: usize = 256;
 
@@ -633,12 +634,13 @@ impl Policy for Predict {
                 self.victims.push((self.scores[self.shape.index(*key)], *key, slot as u32));
             }
         }
-        self.candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        self.victims.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+        let most = limits.max_swaps;
+        residency::first(&mut self.candidates, most, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        residency::first(&mut self.victims, most, |a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
         let caution = if self.config.caution { self.evidence.caution() } else { 1.0 };
         let margin = self.config.margin as f32 * caution;
         let from = out.len();
-        super::residency::swaps(
+        residency::swaps(
             slots,
             self.candidates.iter().copied(),
             self.victims.iter().map(|v| (v.0, v.2)),

@@ -1,5 +1,7 @@
 //! What all policies share: experts used since the last plan, and turning a ranking into swaps.
 
+use std::cmp::Ordering;
+
 use super::{Key, Limits, PoolShape, Swap};
 
 /// Experts used since the last plan, in the order of their first use. Only these can have become worth
@@ -58,6 +60,16 @@ impl Residents {
     pub fn misses(&self, uses: &[u32]) -> usize {
         uses.iter().filter(|i| !self.has(**i as usize)).count()
     }
+}
+
+/// The first `n` of a list, in order: a plan that may swap a few looks at no more of either side.
+pub fn first<T>(list: &mut Vec<T>, n: u32, mut order: impl FnMut(&T, &T) -> Ordering) {
+    let n = n as usize;
+    if n < list.len() {
+        list.select_nth_unstable_by(n, &mut order);
+        list.truncate(n);
+    }
+    list.sort_unstable_by(order);
 }
 
 /// Pairs candidates, best first, with free slots and then with residents, worst first, as long as

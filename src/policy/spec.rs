@@ -14,10 +14,9 @@ use super::{
 };
 
 /// Which policy.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PolicyKind {
     /// Decayed frequency with an admission gate and a margin.
-    #[default]
     Decay,
     /// The experts used last; admits every miss.
     Lru,
@@ -263,12 +262,6 @@ impl From<PolicyKind> for PolicySpec {
             PolicyKind::S3Fifo => PolicySpec::S3Fifo,
             PolicyKind::Predict => PolicySpec::Predict(PredictConfig::default()),
         }
-    }
-}
-
-impl Default for PolicySpec {
-    fn default() -> Self {
-        PolicyKind::default().into()
     }
 }
 

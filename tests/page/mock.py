@@ -130,8 +130,8 @@ class Model:
         if type(interval) is not int or interval < 1:
             raise Refused(f"interval: '{interval}' is not allowed, expected a number of tokens from 1 to 1048576")
         policy = wanted.get("policy", self.policy)
-        if policy.split(":")[0] not in POLICIES:
-            raise Refused(f"policy: '{policy}' is not allowed, expected one of {', '.join(POLICIES)}")
+        if policy != "auto" and policy.split(":")[0] not in POLICIES:
+            raise Refused(f"policy: '{policy}' is not allowed, expected auto or one of {', '.join(POLICIES)}")
         self.k, self.interval, self.policy = k, interval, policy
         self.frozen = wanted.get("frozen", self.frozen)
         for i, resident in enumerate(self.resident):

@@ -237,7 +237,7 @@ const REFUSED: [(&str, &str, &str, &str); 14] = [
         "moe-hot-policy",
         "LLAMA_ARG_MOE_HOT_POLICY",
         "fifo",
-        "one of decay, lru, lfu, static, lfru, s3fifo, predict",
+        "auto or one of decay, lru, lfu, static, lfru, s3fifo, predict",
     ),
     ("moe-hot-threads", "LLAMA_ARG_MOE_HOT_THREADS", "-1", "auto or a number of threads from 0 to 512"),
     ("moe-hot-threads", "LLAMA_ARG_MOE_HOT_THREADS", "513", "auto or a number of threads from 0 to 512"),

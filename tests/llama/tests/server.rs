@@ -129,7 +129,7 @@ fn answers_equal_stocks() {
     }
 
     // what it decided, for all clients and prompts, is what a replay decides
-    let routing = assert_replays(&server.dir.path().join("trace"), PolicyKind::default(), K, INTERVAL);
+    let routing = assert_replays(&server.dir.path().join("trace"), PolicyKind::Decay, K, INTERVAL);
     assert!(routing.steps.iter().any(|s| s.prefill), "no prompt in the trace");
     let sequences: std::collections::BTreeSet<_> =
         routing.steps.iter().flat_map(|s| s.runs.iter().map(|r| r.1)).collect();

@@ -292,7 +292,7 @@ fn a_run_whose_pool_changes_replays_swap_by_swap() {
     }
     ask(&server, "fn main() {", 40);
     end(&mut server);
-    let routing = assert_replays(&trace, PolicyKind::default(), 16, 4);
+    let routing = assert_replays(&trace, PolicyKind::Decay, 16, 2);
     let sizes: Vec<u32> = routing.opens.iter().map(|o| o.2).collect();
     assert_eq!(sizes, [4, 40, 16].map(|k| k * N_LAYERS as u32));
 }
