@@ -258,13 +258,13 @@ def wide_model(run):
 
 
 def generated_model(run, shape, layers, skew, name="geometry"):
-    """A synthetic model of a shape of scripts/gen-moe-gguf, of `layers` layers or as many as fit into --models and half of the memory."""
+    """A synthetic model of a shape of scripts/gen-moe-gguf, of `layers` layers or as many as fit into --models and three fifths of the memory."""
     gen = ROOT / "scripts/gen-moe-gguf"
     path = run.args.models / f"moe-hot-check-{name}.gguf"
     if not layers:
         out, err, _ = run.need([sys.executable, gen, path, "--shape", shape, "--dry-run"], 30, name="size of the model")
         whole, size = re.search(r"(\d+) layers, ([\d.]+) GB", out + err).groups()
-        room = min(shutil.disk_usage(run.args.models).free, 1e9 * meminfo("MemAvailable") / 2)
+        room = min(shutil.disk_usage(run.args.models).free, 1e9 * meminfo("MemAvailable") * 0.6)
         layers = min(int(whole), int(int(whole) * room / (1e9 * float(size))))
         if layers < 1:
             raise Broken(f"{run.args.models} and the memory have no room for a layer of {shape}")

@@ -1,11 +1,11 @@
 //! Which CPUs the workers run on.
 //!
-//! Where there are more CPUs than threads, the fastest come first, and one of each core before its second thread. The
-//! set has room for the workers and for the thread that launches kernels, and all of them may run on all of it: with
+//! Where there are more CPUs than threads, the fastest come first, and one of each core before its second thread; of equal
+//! ones those of different NUMA nodes in turn, since every node has a memory of its own to read from. The set has room for the workers and for the thread that launches kernels, and all of them may run on all of it: with
 //! one CPU kept from the workers, that thread was found on one of theirs for seconds, and everything took twice as long.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -26,6 +26,8 @@ struct Rank {
     sibling: usize,
     /// Small for fast ones.
     slowness: u64,
+    /// How many like it its node has before it.
+    turn: usize,
     cpu: usize,
 }
 
@@ -47,13 +49,25 @@ impl Placement {
         let speed = |cpu| {
             number(cpu, "cpu_capacity").or_else(|| number(cpu, "cpufreq/cpuinfo_max_freq")).unwrap_or(0)
         };
+        let node = |cpu: usize| -> Option<usize> {
+            let mut names =
+                fs::read_dir(system.join(format!("cpu{cpu}"))).ok()?.flatten().map(|e| e.file_name());
+            names.find_map(|name| name.to_str()?.strip_prefix("node")?.parse().ok())
+        };
         let mut seen: Vec<(Option<u64>, Option<u64>)> = Vec::new();
         let mut ranks: Vec<Rank> = Vec::new();
         for &cpu in allowed {
             let core = core(cpu);
             let sibling = if core.1.is_some() { seen.iter().filter(|c| **c == core).count() } else { 0 };
             seen.push(core);
-            ranks.push(Rank { sibling, slowness: u64::MAX - speed(cpu), cpu });
+            ranks.push(Rank { sibling, slowness: u64::MAX - speed(cpu), turn: 0, cpu });
+        }
+        ranks.sort_unstable();
+        let mut turns: BTreeMap<(usize, u64, Option<usize>), usize> = BTreeMap::new();
+        for rank in &mut ranks {
+            let turn = turns.entry((rank.sibling, rank.slowness, node(rank.cpu))).or_default();
+            rank.turn = *turn;
+            *turn += 1;
         }
         ranks.sort_unstable();
         let cores = ranks.iter().filter(|r| r.sibling == 0).count();
@@ -142,6 +156,21 @@ mod tests {
     fn performance_cores_come_first() {
         let m = machine(&[(0, 400), (1, 400), (2, 1024), (3, 1024)]);
         assert_eq!(Placement::new(&[0, 1, 2, 3], m.path()).cpus, [2, 3, 0, 1]);
+    }
+
+    #[test]
+    fn nodes_take_turns() {
+        let m = machine(&[(0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1)]);
+        for (cpu, node) in [0, 0, 0, 0, 1, 1].into_iter().enumerate() {
+            fs::create_dir(m.path().join(format!("cpu{cpu}/node{node}"))).unwrap();
+        }
+        let p = Placement::new(&[0, 1, 2, 3, 4, 5], m.path());
+        assert_eq!(p.cpus, [0, 4, 1, 5, 2, 3]);
+        assert_eq!(
+            Placement::new(&[0, 1, 2, 3], m.path()).cpus,
+            [0, 1, 2, 3],
+            "only those of one node are allowed"
+        );
     }
 
     #[test]

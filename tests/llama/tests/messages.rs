@@ -287,7 +287,13 @@ fn tool(name: &str, model: &str, args: &[&str], env: &[(&str, &str)]) -> Output 
         _ => unreachable!("no arguments for {name}"),
     };
     command.args(args).envs(env.iter().copied()).stdin(std::process::Stdio::null());
-    command.output().unwrap_or_else(|e| panic!("{name}: {e}"))
+    // llama.cpp writes its messages from a thread of its own, and on a busy machine a program may end before the last are out
+    let whole = |out: &Output| {
+        name != "llama-completion" || !out.status.success() || all_output(out).contains("graphs reused =")
+    };
+    let mut runs =
+        std::iter::repeat_with(|| command.output().unwrap_or_else(|e| panic!("{name}: {e}"))).take(10);
+    runs.find(whole).unwrap_or_else(|| panic!("{name}: the end of its output is missing, ten times"))
 }
 
 fn all_output(out: &Output) -> String {

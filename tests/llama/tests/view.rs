@@ -167,7 +167,7 @@ fn the_slots_are_seen_counted_and_steered_while_answers_stay_stocks() {
             r#"{"interval": 0}"#,
             "moe-hot-rebalance-interval: '0' is not allowed, expected a number of tokens from 1 to 1048576",
         ),
-        (r#"{"policy": "best"}"#, "policy: 'best' is not allowed, expected one of "),
+        (r#"{"policy": "best"}"#, "policy: 'best' is not allowed, expected auto or one of "),
         (r#"{"model": "other"}"#, "model: 'other' is not allowed, expected one of "),
         (r#"{"path": "/etc/passwd"}"#, "the body: unknown field `path`"),
         ("[]", "the body: "),
