@@ -1,8 +1,9 @@
 //! Which CPUs the workers run on.
 //!
 //! Where there are more CPUs than threads, the fastest come first, and one of each core before its second thread; of equal
-//! ones those of different NUMA nodes in turn, since every node has a memory of its own to read from. The set has room for the workers and for the thread that launches kernels, and all of them may run on all of it: with
-//! one CPU kept from the workers, that thread was found on one of theirs for seconds, and everything took twice as long.
+//! ones those of different NUMA nodes in turn, since every node has a memory of its own to read from. The set has room for
+//! the workers and for the thread that launches kernels, and all of them may run on all of it: with one CPU kept from the
+//! workers, that thread was found on one of theirs for seconds, and everything took twice as long.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
