@@ -8,10 +8,10 @@ use std::{collections::VecDeque, time::Duration};
 /// Bytes that stay free beside the slots, whatever was seen: what llama.cpp and the driver allocate without notice. Too
 /// many slots slow everything down, too few a little.
 pub const MARGIN: u64 = 512 << 20;
-/// Bytes that stay free beside them when the slots are allocated: what the first batches allocate, for good. Kernels are
+/// Bytes that stay free when the slots are allocated: the margin, and what the first batches allocate for good. Kernels are
 /// loaded when they are first used; they and their buffers took up to 282 MiB on an H200. What is left of it the slots
 /// take when they grow.
-pub const FIRST: u64 = 256 << 20;
+pub const FIRST_MARGIN: u64 = MARGIN + (256 << 20);
 /// What others take and give back within this time is kept free for them.
 const MEMORY: Duration = Duration::from_secs(60);
 /// After others took memory, the slots do not grow for so long.

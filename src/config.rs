@@ -55,12 +55,23 @@ pub enum AutoOff {
     Off,
 }
 
-/// What is allowed as a policy, beside `auto`.
-pub(crate) fn policy_error(e: PolicyError) -> String {
-    match e {
-        PolicyError::Name => format!("auto or {e}"),
-        e => e.to_string(),
+/// A policy as it is asked for; `None`: auto.
+///
+/// # Errors
+/// What is allowed.
+pub fn policy(text: &str) -> Result<Option<PolicySpec>, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(None),
+        Ok(spec) => Ok(Some(spec)),
+        Err(e @ PolicyError::Name) => Err(format!("auto or {e}")),
+        Err(e) => Err(e.to_string()),
     }
+}
+
+/// What auto is for slots on a GPU, or in host memory. There an expert is read as fast from a slot as from anywhere else,
+/// so that predictions would cost more than they gain.
+pub fn usual_policy(on_gpu: bool) -> PolicySpec {
+    if on_gpu { PolicyKind::Predict } else { PolicyKind::Decay }.into()
 }
 
 /// The options of one pool.
@@ -113,11 +124,9 @@ impl Config {
         expert_bytes.saturating_mul(self.slots_of(n_expert).into()).min(most)
     }
 
-    /// Who decides what gets a slot on a GPU, or in host memory. There an expert is read as fast from a slot as from
-    /// anywhere else, so that predictions would cost more than they gain.
+    /// Who decides what gets a slot on a GPU, or in host memory.
     pub fn policy_of(&self, on_gpu: bool) -> PolicySpec {
-        let usual = if on_gpu { PolicyKind::Predict } else { PolicyKind::Decay };
-        self.policy.unwrap_or(usual.into())
+        self.policy.unwrap_or(usual_policy(on_gpu))
     }
 
     /// What was asked for, in the words of the options.
@@ -218,7 +227,7 @@ const OPTIONS: [Opt; 12] = [
         name: "moe-hot-policy",
         env: "LLAMA_ARG_MOE_HOT_POLICY",
         parse: |c, v| {
-            c.policy = if v == "auto" { None } else { Some(v.parse().map_err(policy_error)?) };
+            c.policy = policy(v)?;
             Ok(())
         },
         show: |c| c.policy.map_or("auto".into(), |p| p.to_string()),

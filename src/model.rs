@@ -440,7 +440,7 @@ impl Model {
                 ));
             }
         }
-        let policy = self.config.policy_of(matches!(device, Device::Cuda(_)));
+        let policy = self.config.policy_of(device.is_gpu());
         let mut policies = Vec::new();
         for ((shape, members), memory) in shapes.into_iter().zip(allocated.memory) {
             let capacity = members.iter().map(|l| layers[*l].n_expert as u32).sum();
@@ -583,8 +583,7 @@ impl Model {
             reports: Vec::new(),
         };
         let now = Instant::now();
-        let watches =
-            matches!(device, Device::Cuda(_)) || self.config.k.is_none() || fault::armed("vram").is_some();
+        let watches = device.is_gpu() || self.config.k.is_none() || fault::armed("vram").is_some();
         let active = Active {
             pci,
             name: name.into(),
@@ -640,7 +639,7 @@ impl Model {
 
     fn uses_row_kernels(&self, device: &Device) -> bool {
         match self.config.kernels {
-            Kernels::Auto => matches!(device, Device::Cuda(_)),
+            Kernels::Auto => device.is_gpu(),
             Kernels::Rows => true,
             Kernels::Ggml => false,
         }
@@ -782,7 +781,7 @@ impl Model {
     /// Whether contexts find out if slots pay.
     pub(crate) fn judges(&self) -> bool {
         match self.config.auto_off {
-            AutoOff::Auto => matches!(self.pool().device, Device::Cuda(_)),
+            AutoOff::Auto => self.pool().device.is_gpu(),
             AutoOff::On => true,
             AutoOff::Off => false,
         }
@@ -1436,7 +1435,7 @@ fn allocate(
     let mib = |b: u64| b >> 20;
     let free = match device {
         Device::Host => budget::MARGIN,
-        Device::Cuda(_) => budget::MARGIN + budget::FIRST,
+        Device::Cuda(_) => budget::FIRST_MARGIN,
     };
     // in host memory a number is taken at its word
     let room = match device {

@@ -13,6 +13,7 @@ use std::{
 use arbitrary::Arbitrary;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use moe_hot::{
+    config::usual_policy,
     ffi::{moe_hot_status::*, *},
     policy::PolicySpec,
 };
@@ -413,7 +414,7 @@ impl World {
             return Err("moe-hot-rebalance-interval: ");
         }
         let policy = policy.map(|p| match p {
-            "auto" => Ok(self.pools[pool].0.policy_of(false)),
+            "auto" => Ok(usual_policy(false)),
             p => p.parse::<PolicySpec>().map_err(|_| "policy: "),
         });
         let policy = policy.transpose()?;

@@ -17,6 +17,11 @@ pub enum Device {
 }
 
 impl Device {
+    /// Whether the slots are in VRAM.
+    pub fn is_gpu(&self) -> bool {
+        matches!(self, Device::Cuda(_))
+    }
+
     /// Bytes that are free there beside `slots` bytes of slots.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde::{Deserialize, Serialize};
 
 use super::{Active, Model, WATCHED, Watch, ranges};
-use crate::{config, device::Device, policy, telemetry::Stats};
+use crate::{config, policy, telemetry::Stats};
 
 /// A pool, as JSON shows it.
 #[derive(Serialize, Debug)]
@@ -146,13 +146,12 @@ impl Model {
         if let Some(n) = change.interval {
             checked("moe-hot-rebalance-interval", n.to_string())?;
         }
-        let spec = match &change.policy {
-            None => None,
-            Some(name) if name == "auto" => Some(self.config.policy_of(matches!(a.device, Device::Cuda(_)))),
-            Some(name) => Some(name.parse().map_err(|e| {
-                format!("policy: '{name}' is not allowed, expected {}", config::policy_error(e))
-            })?),
+        let read = |name: &String| {
+            let spec = config::policy(name)
+                .map_err(|allowed| format!("policy: '{name}' is not allowed, expected {allowed}"))?;
+            Ok::<_, String>(spec.unwrap_or(config::usual_policy(a.device.is_gpu())))
         };
+        let spec = change.policy.as_ref().map(read).transpose()?;
         let bytes = match (change.k, change.vram_mib) {
             (Some(_), Some(_)) => return Err("k and vram_mib: expected one of them".into()),
             (Some(k), None) => {

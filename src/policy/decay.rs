@@ -8,7 +8,7 @@
 use super::{
     Key, Limits, Policy, PoolShape, Routed, Swap,
     evidence::{Evidence, keep_fills},
-    residency::{Residents, Touched, first, swaps},
+    residency::{Residents, Touched, sort_first, swaps},
     rounds::Rounds,
     spec::{Param, ParamKind, Params},
 };
@@ -175,7 +175,7 @@ impl Policy for Decay {
                 }
             }
         }
-        first(&mut candidates, limits.max_swaps, best_first);
+        sort_first(&mut candidates, limits.max_swaps, best_first);
 
         self.victims.clear();
         if !free || candidates.len() > slots.iter().filter(|s| s.is_none()).count() {
@@ -187,7 +187,7 @@ impl Policy for Decay {
             // worst first; equal scores: the later layer and expert goes first
             let worst_first =
                 |a: &(f64, Key, u32), b: &(f64, Key, u32)| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1));
-            first(&mut self.victims, limits.max_swaps, worst_first);
+            sort_first(&mut self.victims, limits.max_swaps, worst_first);
         }
         let margin = self.config.margin;
         let from = out.len();

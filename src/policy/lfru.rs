@@ -18,7 +18,7 @@ use std::cmp::Ordering;
 
 use super::{
     Key, Limits, Policy, PoolShape, Routed, Swap,
-    residency::{Residents, Touched, swaps},
+    residency::{Residents, Touched, sort_first, swaps},
 };
 
 #[derive(Clone, Copy, Default)]
@@ -119,27 +119,22 @@ impl Policy for Lfru {
         candidates.clear();
         candidates
             .extend(self.touched.iter().filter(|i| !self.residents.has(*i)).map(|i| self.rank(i, u32::MAX)));
-        candidates.sort_unstable_by(|a, b| {
+        sort_first(&mut candidates, limits.max_swaps, |a, b| {
             let layers = |k: Key| (in_turn(shape, first, k.layer), k.expert);
             a.order(b).then(layers(a.key).cmp(&layers(b.key)))
         });
 
         let mut victims = std::mem::take(&mut self.victims);
         victims.clear();
-        // of the least valuable there can go as many as may come
-        let most = candidates.len().min(limits.max_swaps as usize);
-        if most > 0 {
+        if !candidates.is_empty() {
             for (slot, key) in slots.iter().enumerate() {
                 if let Some(key) = key {
                     victims.push(self.rank(shape.index(*key), slot as u32));
                 }
             }
             let worst_first = |a: &Ranked, b: &Ranked| b.order(a).then(b.key.cmp(&a.key));
-            if most < victims.len() {
-                victims.select_nth_unstable_by(most, worst_first);
-                victims.truncate(most);
-            }
-            victims.sort_unstable_by(worst_first);
+            // of the least valuable there can go as many as may come
+            sort_first(&mut victims, candidates.len() as u32, worst_first);
         }
         let begin = out.len();
         swaps(

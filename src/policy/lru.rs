@@ -2,7 +2,7 @@
 
 use super::{
     Key, Limits, Policy, PoolShape, Routed, Swap,
-    residency::{Residents, Touched, swaps},
+    residency::{Residents, Touched, sort_first, swaps},
 };
 
 pub struct Lru {
@@ -52,13 +52,13 @@ impl Policy for Lru {
             .filter(|i| !self.residents.has(*i))
             .map(|i| (self.last[i], self.shape.key(i)))
             .collect();
-        candidates.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
+        sort_first(&mut candidates, limits.max_swaps, |a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
         let mut victims: Vec<(u64, Key, u32)> = slots
             .iter()
             .enumerate()
             .filter_map(|(s, k)| k.map(|k| (self.last[self.shape.index(k)], k, s as u32)))
             .collect();
-        victims.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
+        sort_first(&mut victims, limits.max_swaps, |a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
         let victims = victims.into_iter().map(|v| (v.0, v.2));
         swaps(slots, candidates.into_iter(), victims, |new, old| new > old, limits, out);
         self.touched.retain(|_| false);

@@ -635,8 +635,8 @@ impl Policy for Predict {
             }
         }
         let most = limits.max_swaps;
-        residency::first(&mut self.candidates, most, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        residency::first(&mut self.victims, most, |a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+        residency::sort_first(&mut self.candidates, most, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        residency::sort_first(&mut self.victims, most, |a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
         let caution = if self.config.caution { self.evidence.caution() } else { 1.0 };
         let margin = self.config.margin as f32 * caution;
         let from = out.len();

@@ -63,7 +63,7 @@ impl Residents {
 }
 
 /// The first `n` of a list, in order: a plan that may swap a few looks at no more of either side.
-pub fn first<T>(list: &mut Vec<T>, n: u32, mut order: impl FnMut(&T, &T) -> Ordering) {
+pub fn sort_first<T>(list: &mut Vec<T>, n: u32, mut order: impl FnMut(&T, &T) -> Ordering) {
     let n = n as usize;
     if n < list.len() {
         list.select_nth_unstable_by(n, &mut order);

@@ -146,6 +146,8 @@ fn the_slots_are_seen_counted_and_steered_while_answers_stay_stocks() {
         (Some(1), Some("lru"))
     );
     assert_eq!(ask(&server, prompts[2], 48), expected[2]);
+    let (status, now) = post(&server, r#"{"policy": "auto"}"#);
+    assert_eq!((status, now["models"][0]["policy"].as_str()), (200, Some("decay")), "in host memory");
     let grown = view(&server);
     assert!(grown["models"][0]["slots_used"].as_u64() > Some(4 * N_LAYERS), "{grown}");
 

@@ -24,8 +24,6 @@ const UBATCH: u64 = 512;
 const LOGIT_BYTES: u64 = 4;
 /// Below so many slots for each expert that a token uses, slots are unlikely to pay, as the library says too.
 const SLOTS_PER_USED: u64 = model::SLOTS_PER_USED as u64;
-/// What stays free beside the slots when they are allocated.
-const MARGIN: u64 = budget::MARGIN + budget::FIRST;
 /// A context that is worth suggesting.
 const LEAST_CONTEXT: u64 = 4096;
 
@@ -126,7 +124,7 @@ impl Vram {
     pub fn new(model: &Model, classes: &[Class], free: u64, context: u64) -> Self {
         let kv = model.kv_per_token.saturating_mul(context);
         let compute = UBATCH * model.n_vocab.saturating_mul(LOGIT_BYTES);
-        let others = [model.dense, kv, compute, MARGIN];
+        let others = [model.dense, kv, compute, budget::FIRST_MARGIN];
         let others = others.into_iter().fold(0u64, u64::saturating_add);
         let room = free.saturating_sub(others);
         let mut of = slots(classes, room);
@@ -146,7 +144,7 @@ impl Vram {
             kv_mib: kv as f64 / MIB,
             context,
             compute_mib: compute as f64 / MIB,
-            margin_mib: MARGIN as f64 / MIB,
+            margin_mib: budget::FIRST_MARGIN as f64 / MIB,
             room_mib: room as f64 / MIB,
             experts_mib: model.experts as f64 / MIB,
             slots: n,
@@ -432,7 +430,7 @@ mod tests {
     const GPU: GpuRates = GpuRates { both: 100.0, copy: 50.0, vram: 1000.0, round_trip_us: 3.0 };
     const RATES: Rates = Rates { cpu: 50.0, gpu: Some(GPU) };
     /// Of the model: its other weights, a KV cache for its 1024 tokens and 512 rows of logits.
-    const OTHERS: u64 = (1 << 20) + 1024 * 256 + 512 * 8192 * 4 + MARGIN;
+    const OTHERS: u64 = (1 << 20) + 1024 * 256 + 512 * 8192 * 4 + budget::FIRST_MARGIN;
     const EXPERT: u64 = 3 * 1152;
     const LARGE: u64 = 4000;
 
