@@ -14,7 +14,8 @@ pub const MARGIN: u64 = 512 << 20;
 pub const FIRST_MARGIN: u64 = MARGIN + (256 << 20);
 /// What others take and give back within this time is kept free for them.
 const MEMORY: Duration = Duration::from_secs(60);
-/// After others took memory, the slots do not grow for so long.
+/// The slots do not grow for so long after others took memory, nor after the first look: a draft model, too, has run by
+/// then.
 const REST: Duration = Duration::from_secs(10);
 /// Growing by less than the lesser of these bytes and this part of all that is allowed is not worth the calls.
 const LEAST_GROWTH: u64 = 128 << 20;
@@ -36,13 +37,14 @@ pub struct Budget {
     most: u64,
     /// What would be free without the slots, by time.
     left: VecDeque<(Duration, u64)>,
-    shrunk: Option<Duration>,
+    /// Since when there is nothing to add: the first look, or the last time that others took memory.
+    rests: Option<Duration>,
 }
 
 impl Budget {
     /// At most `most` bytes of slots.
     pub fn new(most: u64) -> Self {
-        Budget { most, left: VecDeque::new(), shrunk: None }
+        Budget { most, left: VecDeque::new(), rests: None }
     }
 
     /// Allows `most` bytes from now on.
@@ -65,10 +67,10 @@ impl Budget {
         }
         let right = left.saturating_sub(self.margin()).min(self.most);
         if seen.free < MARGIN / 2 && right < seen.slots {
-            self.shrunk = Some(now);
+            self.rests = Some(now);
             return Some(right);
         }
-        let rested = self.shrunk.is_none_or(|at| at + REST <= now);
+        let rested = *self.rests.get_or_insert(now) + REST <= now;
         let worth = right >= seen.slots + LEAST_GROWTH.min(self.most / LEAST_SHARE);
         (rested && worth).then_some(right)
     }
@@ -82,6 +84,22 @@ mod tests {
 
     fn at(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
+    }
+
+    /// With a first look at 0 s that is over.
+    fn rested(most: u64) -> Budget {
+        Budget { rests: Some(at(0)), ..Budget::new(most) }
+    }
+
+    #[test]
+    fn what_the_first_batches_take_is_not_given_to_the_slots() {
+        let mut b = Budget::new(8 * GIB);
+        let seen = |free: u64| Seen { free: free << 20, slots: GIB };
+        assert_eq!(b.observe(at(300), seen(768)), None, "the first look");
+        assert_eq!(b.observe(at(301), seen(660)), None);
+        assert_eq!(b.observe(at(309), seen(900)), None);
+        let more = b.observe(at(310), seen(900));
+        assert_eq!(more, Some(GIB + (660 << 20) - MARGIN), "they may take it again");
     }
 
     #[test]
@@ -101,19 +119,19 @@ mod tests {
 
     #[test]
     fn slots_never_have_more_than_is_allowed_or_there() {
-        let mut b = Budget::new(2 * GIB);
-        assert_eq!(b.observe(at(0), Seen { free: 90 * GIB, slots: GIB }), Some(2 * GIB));
-        assert_eq!(b.observe(at(1), Seen { free: 90 * GIB, slots: 2 * GIB }), None);
+        let mut b = rested(2 * GIB);
+        assert_eq!(b.observe(at(10), Seen { free: 90 * GIB, slots: GIB }), Some(2 * GIB));
+        assert_eq!(b.observe(at(11), Seen { free: 90 * GIB, slots: 2 * GIB }), None);
         let mut b = Budget::new(8 * GIB);
         assert_eq!(b.observe(at(0), Seen { free: 0, slots: 100 << 20 }), Some(0));
     }
 
     #[test]
     fn small_gains_are_left() {
-        let mut b = Budget::new(8 * GIB);
-        assert_eq!(b.observe(at(0), Seen { free: MARGIN + LEAST_GROWTH - 1, slots: GIB }), None);
-        let mut b = Budget::new(8 * GIB);
-        let more = b.observe(at(1), Seen { free: MARGIN + LEAST_GROWTH, slots: GIB });
+        let mut b = rested(8 * GIB);
+        assert_eq!(b.observe(at(10), Seen { free: MARGIN + LEAST_GROWTH - 1, slots: GIB }), None);
+        let mut b = rested(8 * GIB);
+        let more = b.observe(at(10), Seen { free: MARGIN + LEAST_GROWTH, slots: GIB });
         assert_eq!(more, Some(GIB + LEAST_GROWTH));
     }
 }
