@@ -59,7 +59,7 @@ fn cold(c: &mut Criterion, ggml: &Ggml) {
         let data: Vec<u8> = (0..n_expert * expert).map(|i| 0x60 + (i % 7) as u8).collect();
         let at = |part: usize| data[part * n_expert * expert / 3..].as_ptr();
         let m = ggml.matrix(at(0), ty, N_EMBD, N_FF);
-        let kernels = RowKernel::all(ty, N_EMBD, m.row_bytes, m.act_row_bytes).map(Some);
+        let kernels = RowKernel::all(ty, N_EMBD, m.row_bytes).map(Some);
         let mut group = c.benchmark_group(format!("cold/{name}"));
         for kernel in std::iter::once(None).chain(kernels) {
             let matrix = |part, n_in, n_out| Matrix { kernel, ..ggml.matrix(at(part), ty, n_in, n_out) };

@@ -1,5 +1,6 @@
 //! Row kernels against the same sums in double precision, beside ggml's own dot products: the error of ours is no
-//! larger, for any number of rows, lengths that end within a step, and any number of activations.
+//! larger, for any number of rows, lengths that end within a step, and any number of activations. What they sum are
+//! activations as ggml's CUDA kernels round them.
 
 mod ggml;
 
@@ -48,7 +49,7 @@ fn products(m: &Matrix, acts: &[Vec<f32>]) -> Vec<Vec<f32>> {
     out
 }
 
-/// What an activation row stands for; ggml does not tell for q8_K.
+/// What an activation row of ggml's stands for; ggml does not tell for q8_K.
 fn act_values(ggml: &Ggml, ty: i32, row: &[u8], n: usize) -> Vec<f32> {
     const Q8_K: i32 = 15;
     if ty != Q8_K {
@@ -61,49 +62,119 @@ fn act_values(ggml: &Ggml, ty: i32, row: &[u8], n: usize) -> Vec<f32> {
     row.chunks_exact(4 + 256 + 32).flat_map(block).collect()
 }
 
-/// The kernels of this CPU for a type.
-fn kernels(m: &Matrix) -> Vec<RowKernel> {
-    RowKernel::all(m.ty, m.n_in, m.row_bytes, m.act_row_bytes).collect()
+fn half(ggml: &Ggml, x: f32) -> f32 {
+    const F16: i32 = 1;
+    ggml.values(F16, &ggml.quantize(F16, &[x], 1), 1)[0]
 }
 
-/// A kernel's name, the squared errors of ggml and of it against double precision, and the squared sum.
-type Errors = (&'static str, [f64; 3]);
-
-fn errors(ggml: &Ggml, ty: i32, n_in: usize, n_out: usize, n_acts: usize, seed: u64) -> Vec<Errors> {
-    let weights = ggml.quantize(ty, &numbers(n_in * n_out, seed), n_in);
-    let acts: Vec<_> = (0..n_acts).map(|a| numbers(n_in, seed + 1 + a as u64)).collect();
-    let m = ggml.matrix(weights.as_ptr(), ty, n_in, n_out);
-    let act_type = ggml.traits(ty).vec_dot_type;
-    let rows: Vec<_> = weights.chunks_exact(m.row_bytes).map(|row| ggml.values(ty, row, n_in)).collect();
-    let exact = acts.iter().map(|act| {
-        let mut converted = vec![0u8; m.act_row_bytes];
-        // SAFETY: the row has the bytes of such an activation.
-        unsafe { m.from_float.unwrap()(act.as_ptr(), converted.as_mut_ptr().cast(), n_in as i64) };
-        let act = act_values(ggml, act_type, &converted, n_in);
-        let dot = |row: &Vec<f32>| row.iter().zip(&act).map(|(w, a)| f64::from(*w) * f64::from(*a)).sum();
-        rows.iter().map(dot).collect::<Vec<f64>>()
-    });
-    let exact: Vec<f64> = exact.collect::<Vec<_>>().concat();
-    let error = |kernel| {
-        let out = products(&Matrix { kernel, ..m }, &acts).concat();
-        out.iter().zip(&exact).map(|(x, exact)| (f64::from(*x) - exact).powi(2)).sum::<f64>()
+/// What an activation stands for when it is rounded as in `quantize_q8_1` of ggml's CUDA kernels.
+fn quantize_q8_1(ggml: &Ggml, act: &[f32]) -> Vec<f64> {
+    let block = |block: &[f32]| {
+        let d = block.iter().fold(0.0f32, |most, x| most.max(x.abs())) / 127.0;
+        let scale = f64::from(half(ggml, d));
+        // CUDA's division is no more exact than this; at half a step it may go the other way
+        let by = if d == 0.0 { 0.0 } else { 1.0 / d };
+        let value = |x: &f32| scale * f64::from((x * by).round());
+        block.iter().map(value).collect::<Vec<_>>()
     };
-    let theirs = error(None);
-    let sum = exact.iter().map(|x| x.powi(2)).sum();
-    kernels(&m).into_iter().map(|k| (k.name, [theirs, error(Some(k)), sum])).collect()
+    act.chunks_exact(32).flat_map(block).collect()
+}
+
+/// The kernels of this CPU for a type.
+fn kernels(m: &Matrix) -> Vec<RowKernel> {
+    RowKernel::all(m.ty, m.n_in, m.row_bytes).collect()
+}
+
+/// The products of rows with an activation.
+fn exact(rows: &[Vec<f32>], act: &[f64]) -> Vec<f64> {
+    rows.iter().map(|row| row.iter().zip(act).map(|(w, a)| f64::from(*w) * a).sum()).collect()
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// Weights and activations, the products of all pairs as they are and with what rounded activations stand for.
+struct Case {
+    weights: Vec<u8>,
+    acts: Vec<Vec<f32>>,
+    n_out: usize,
+    true_sums: Vec<f64>,
+    with_ggml: Vec<f64>,
+    with_cuda: Vec<f64>,
+    /// What the terms of the products add up to without their signs.
+    sizes: Vec<f64>,
+}
+
+impl Case {
+    fn new(ggml: &Ggml, ty: i32, n_in: usize, n_out: usize, n_acts: usize, seed: u64) -> Self {
+        let weights = ggml.quantize(ty, &numbers(n_in * n_out, seed), n_in);
+        let acts: Vec<_> = (0..n_acts).map(|a| numbers(n_in, seed + 1 + a as u64)).collect();
+        Case::of(ggml, ty, weights, acts)
+    }
+
+    fn of(ggml: &Ggml, ty: i32, weights: Vec<u8>, acts: Vec<Vec<f32>>) -> Self {
+        let n_in = acts[0].len();
+        let n_out = weights.len() / ggml.row_bytes(ty, n_in);
+        let m = ggml.matrix(weights.as_ptr(), ty, n_in, n_out);
+        let act_type = ggml.traits(ty).vec_dot_type;
+        let rows: Vec<_> = weights.chunks_exact(m.row_bytes).map(|row| ggml.values(ty, row, n_in)).collect();
+        let sizes: Vec<Vec<f32>> = rows.iter().map(|row| row.iter().map(|w| w.abs()).collect()).collect();
+        let sizes = acts
+            .iter()
+            .flat_map(|act| exact(&sizes, &act.iter().map(|x| f64::from(x.abs())).collect::<Vec<_>>()));
+        let sizes = sizes.collect();
+        let (mut true_sums, mut with_ggml, mut with_cuda) = (Vec::new(), Vec::new(), Vec::new());
+        for act in &acts {
+            let mut converted = vec![0u8; m.act_row_bytes];
+            // SAFETY: the row has the bytes of such an activation.
+            unsafe { m.from_float.unwrap()(act.as_ptr(), converted.as_mut_ptr().cast(), n_in as i64) };
+            true_sums.extend(exact(&rows, &wide(act)));
+            with_ggml.extend(exact(&rows, &wide(&act_values(ggml, act_type, &converted, n_in))));
+            with_cuda.extend(exact(&rows, &quantize_q8_1(ggml, act)));
+        }
+        Case { weights, acts, n_out, true_sums, with_ggml, with_cuda, sizes }
+    }
+
+    fn matrix(&self, ggml: &Ggml, ty: i32) -> Matrix {
+        ggml.matrix(self.weights.as_ptr(), ty, self.acts[0].len(), self.n_out)
+    }
+
+    /// What ggml's dot product computes, and what our kernels do.
+    fn computed(&self, ggml: &Ggml, ty: i32) -> (Vec<f64>, Vec<(&'static str, Vec<f64>)>) {
+        let m = self.matrix(ggml, ty);
+        let with = |kernel| wide(&products(&Matrix { kernel, ..m }, &self.acts).concat());
+        (with(None), kernels(&m).into_iter().map(|k| (k.name, with(Some(k)))).collect())
+    }
+}
+
+/// The root of the squared differences, relative to the sums.
+fn distance(of: &[f64], from: &[f64]) -> f64 {
+    let squares: f64 = of.iter().zip(from).map(|(a, b)| (a - b).powi(2)).sum();
+    (squares / from.iter().map(|x| x.powi(2)).sum::<f64>()).sqrt()
 }
 
 #[test]
 fn the_error_is_no_larger_than_that_of_ggml() {
     let ggml = ggml();
     let mut tested = Vec::new();
-    for (ty, _) in TYPES {
+    for (ty, block) in TYPES {
         for n_in in [512, 1024, 2048, 4096] {
-            for (name, [theirs, ours, sum]) in errors(&ggml, ty, n_in, 512, 16, n_in as u64) {
-                let relative = |e: f64| (e / sum).sqrt();
-                println!("{name} {n_in}: {:.2e}, ggml {:.2e}", relative(ours), relative(theirs));
-                assert!(ours <= theirs, "{name}, {n_in}: {:e} and {:e}", relative(ours), relative(theirs));
-                assert!(relative(ours) < 1e-6, "{name}, {n_in}: {:e}", relative(ours));
+            let case = Case::new(&ggml, ty, n_in, 512, 16, n_in as u64);
+            let (theirs, ours) = case.computed(&ggml, ty);
+            // of the arithmetic, and with what rounding the activations adds
+            let their_sums = distance(&theirs, &case.with_ggml);
+            let their_all = distance(&theirs, &case.true_sums);
+            for (name, ours) in ours {
+                let (sums, all) = (distance(&ours, &case.with_cuda), distance(&ours, &case.true_sums));
+                println!(
+                    "{name} {n_in}: {sums:.2e}, ggml {their_sums:.2e}; in all {all:.3e}, ggml {their_all:.3e}"
+                );
+                assert!(sums <= their_sums, "{name}, {n_in}: {sums:e} and {their_sums:e}");
+                assert!(sums < 1e-6, "{name}, {n_in}: {sums:e}");
+                // a scale for every 32 elements, which for blocks of 32 weights ggml has, too
+                let bar = their_all * if block == 32 { 1.001 } else { 0.8 };
+                assert!(all <= bar, "{name}, {n_in}: {all:e}, expected at most {bar:e}");
                 tested.push(name);
             }
         }
@@ -129,8 +200,12 @@ proptest! {
         seed: u32,
     ) {
         let (ty, block) = TYPES[ty];
-        for (name, [_, ours, sum]) in errors(&ggml(), ty, blocks * block, n_out, n_acts, seed.into()) {
-            prop_assert!(ours <= sum * 1e-11, "{name}: {:e} of {:e}", ours.sqrt(), sum.sqrt());
+        let ggml = ggml();
+        let case = Case::new(&ggml, ty, blocks * block, n_out, n_acts, seed.into());
+        for (name, ours) in case.computed(&ggml, ty).1 {
+            for ((ours, exact), size) in ours.iter().zip(&case.with_cuda).zip(&case.sizes) {
+                prop_assert!((ours - exact).abs() <= size * 1e-6, "{name}: {ours} and {exact}, of {size}");
+            }
         }
     }
 
@@ -140,17 +215,46 @@ proptest! {
         let ggml = ggml();
         let (ty, block) = TYPES[ty];
         let n_in = blocks * block;
-        let m = ggml.matrix(bytes.as_ptr(), ty, n_in, 1);
-        let size: f32 = ggml.values(ty, &bytes, n_in).iter().map(|w| w.abs()).sum();
+        let row = bytes[..ggml.row_bytes(ty, n_in)].to_vec();
+        let size: f32 = ggml.values(ty, &row, n_in).iter().map(|w| w.abs()).sum();
         if !size.is_finite() || size > 1e30 {
             return Ok(());
         }
-        let act = vec![numbers(n_in, 7)];
-        let theirs = products(&m, &act)[0][0];
-        for kernel in kernels(&m) {
-            let ours = products(&Matrix { kernel: Some(kernel), ..m }, &act)[0][0];
+        let case = Case::of(&ggml, ty, row, vec![numbers(n_in, 7)]);
+        for (name, ours) in case.computed(&ggml, ty).1 {
+            let (ours, exact) = (ours[0], case.with_cuda[0]);
             // sums of large terms that cancel each other are only as exact as the terms
-            prop_assert!((theirs - ours).abs() <= size * 1e-5, "{}: {theirs} and {ours}, of {size}", kernel.name);
+            prop_assert!((ours - exact).abs() <= f64::from(size) * 1e-5, "{name}: {ours} and {exact}, of {size}");
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_is_not_lost() {
+    let ggml = ggml();
+    for (ty, _) in TYPES {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut act = numbers(512, 1);
+            act[300] = value;
+            let case = Case::of(&ggml, ty, ggml.quantize(ty, &numbers(512, 2), 512), vec![act]);
+            for (name, ours) in case.computed(&ggml, ty).1 {
+                assert!(!ours[0].is_finite(), "{name}: {value} gives {}", ours[0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn scales_that_half_precision_does_not_have() {
+    let ggml = ggml();
+    for (ty, _) in TYPES {
+        for size in [1e-30, 1e-9, 1e9] {
+            let act = numbers(512, 1).iter().map(|x| x * size).collect();
+            let case = Case::of(&ggml, ty, ggml.quantize(ty, &numbers(512 * 64, 2), 512), vec![act]);
+            for (name, ours) in case.computed(&ggml, ty).1 {
+                let error = distance(&ours, &case.true_sums);
+                assert!(error < 0.02, "{name}, {size:e}: {error:e}");
+            }
         }
     }
 }
@@ -158,12 +262,12 @@ proptest! {
 #[test]
 fn other_formats_have_no_kernel() {
     let ggml = ggml();
-    let (row, act) = (ggml.row_bytes(2, 256), ggml.row_bytes(8, 256));
+    let row = ggml.row_bytes(2, 256);
     for ty in [0, 1, 3, 10, 30, 1000, -1] {
-        assert!(RowKernel::find(ty, 256, row, act).is_none(), "type {ty}");
+        assert!(RowKernel::find(ty, 256, row).is_none(), "type {ty}");
     }
-    // rows with something between them, or an activation of another format
-    assert!(RowKernel::find(2, 256, row + 2, act).is_none());
-    assert!(RowKernel::find(2, 256, row, act + 2).is_none());
-    assert!(RowKernel::find(12, 32, 18, 34).is_none());
+    // rows with something between them, or a part of a block
+    assert!(RowKernel::find(2, 256, row + 2).is_none());
+    assert!(RowKernel::find(2, 240, row).is_none());
+    assert!(RowKernel::find(12, 32, 18).is_none());
 }

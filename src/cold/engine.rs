@@ -646,7 +646,7 @@ impl Engine {
         let first = chunks.first * req.up_rows;
         let end = (first + chunks.n * req.up_rows).min(n_ff);
         for row in rows {
-            memory::reads(self.act_row(&layer.up, row.token as usize), layer.up.act_row_bytes);
+            memory::reads(self.act_row(&layer.up, row.token as usize), layer.up.converted_bytes());
             for out in [&self.hidden, &self.up] {
                 memory::writes(
                     out.f32(row.row as usize).wrapping_add(first),
@@ -710,7 +710,7 @@ impl Engine {
             let act = if m.from_float.is_some() { self.hidden_conv.at(row) } else { self.hidden.at(row) };
             // SAFETY: the row holds `n_out` elements.
             let out = unsafe { self.out.f32(row).add(first) };
-            memory::reads(act, m.act_row_bytes);
+            memory::reads(act, m.converted_bytes());
             memory::writes(out, (end - first) * size_of::<f32>());
             Target { act, out }
         };

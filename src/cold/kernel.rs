@@ -59,7 +59,7 @@ impl Matrix {
 
     /// Uses our kernel for the type on this CPU, if there is one. Before the first activation is converted.
     pub fn use_row_kernel(&mut self) {
-        self.kernel = RowKernel::find(self.ty, self.n_in, self.row_bytes, self.act_row_bytes);
+        self.kernel = RowKernel::find(self.ty, self.n_in, self.row_bytes);
     }
 
     /// Prefetches `ahead` bytes before they are read, if the experts are large enough for that.
@@ -71,7 +71,7 @@ impl Matrix {
 
     /// Bytes of what [`Matrix::convert`] writes.
     pub fn converted_bytes(&self) -> usize {
-        self.kernel.map_or(0, |k| (k.act_bytes)(self.n_in)) + self.act_row_bytes
+        self.kernel.map_or(self.act_row_bytes, |k| (k.act_bytes)(self.n_in))
     }
 
     /// Converts an activation for [`Matrix::multiply`]; false when that takes it as it is.
@@ -80,16 +80,11 @@ impl Matrix {
     /// `act` has `n_in` elements; `out` has `converted_bytes` and is aligned to 64.
     pub unsafe fn convert(&self, act: *const f32, out: *mut u8) -> bool {
         let Some(from_float) = self.from_float else { return false };
-        let n_in = self.n_in;
-        // SAFETY: the caller vouches for both rows; ggml's format lies behind the prepared one.
+        // SAFETY: the caller vouches for both rows.
         unsafe {
             match &self.kernel {
-                None => from_float(act, out.cast(), n_in as i64),
-                Some(k) => {
-                    let ggml = out.add((k.act_bytes)(n_in));
-                    from_float(act, ggml.cast(), n_in as i64);
-                    k.prepare(n_in, ggml, out);
-                }
+                None => from_float(act, out.cast(), self.n_in as i64),
+                Some(k) => k.prepare(self.n_in, act, out),
             }
         }
         true

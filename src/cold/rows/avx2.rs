@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Q8_K_BYTES, RowKernel};
+use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Quantized, RowKernel};
 use crate::ggml;
 
 pub fn is_available() -> bool {
@@ -29,25 +29,67 @@ pub fn kernel(ty: i32) -> Option<RowKernel> {
 
 super::row_loops!("avx2,fma,f16c");
 
+/// Rounds a block of an activation; its scale.
+///
+/// # Safety
+/// There are 32 elements, and room for them.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn quantize(x: *const f32, q: *mut i8) -> f32 {
+    // SAFETY: passed on.
+    let x: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.add(i * 8)) });
+    // by their bits, so that what is no number is the largest
+    let size = |i: usize| _mm256_castps_si256(_mm256_andnot_ps(_mm256_set1_ps(-0.0), x[i]));
+    let most = _mm256_max_epi32(_mm256_max_epi32(size(0), size(1)), _mm256_max_epi32(size(2), size(3)));
+    let four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256::<1>(most));
+    let two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    let most = _mm_max_epi32(two, _mm_shuffle_epi32::<0b01>(two));
+    let scale = f32::from_bits(_mm_cvtsi128_si32(most) as u32) / 127.0;
+    if scale.is_normal() {
+        let by = _mm256_set1_ps(1.0 / scale);
+        let rounded = |i: usize| {
+            let x = _mm256_mul_ps(x[i], by);
+            // halves away from zero
+            let half = _mm256_or_ps(_mm256_set1_ps(0.5), _mm256_and_ps(x, _mm256_set1_ps(-0.0)));
+            _mm256_cvttps_epi32(_mm256_add_ps(x, half))
+        };
+        let bytes = _mm256_packs_epi16(
+            _mm256_packs_epi32(rounded(0), rounded(1)),
+            _mm256_packs_epi32(rounded(2), rounded(3)),
+        );
+        // packs work on halves of registers: fours of each come alternately
+        let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        // SAFETY: passed on.
+        unsafe { _mm256_storeu_si256(q.cast(), _mm256_permutevar8x32_epi32(bytes, order)) };
+    }
+    scale
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn to_half_and_back(x: f32) -> f32 {
+    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x))))
+}
+
 /// A row's product with an activation, so far.
 #[derive(Clone, Copy)]
 struct Sum {
     products: __m256,
     /// What the minimums of a type take away; kept apart, since it is as large as what remains.
-    mins: __m128,
+    mins: __m256,
 }
 
 impl Sum {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn zero() -> Self {
-        Sum { products: _mm256_setzero_ps(), mins: _mm_setzero_ps() }
+        Sum { products: _mm256_setzero_ps(), mins: _mm256_setzero_ps() }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn add(self, products: __m256i, scale: __m256) -> Self {
-        Sum { products: _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, self.products), ..self }
+    fn add(self, products: __m256, scale: __m256) -> Self {
+        Sum { products: _mm256_fmadd_ps(products, scale, self.products), ..self }
     }
 
     /// Adds two products to each other first: the chain of sums is half as long, and so is what it rounds away.
@@ -63,9 +105,12 @@ impl Sum {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn total(self) -> f32 {
         // in double precision, since products and minimums nearly cancel each other
-        let low = _mm256_cvtps_pd(_mm256_castps256_ps128(self.products));
-        let high = _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(self.products));
-        let four = _mm256_sub_pd(_mm256_add_pd(low, high), _mm256_cvtps_pd(self.mins));
+        let low = |x| _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+        let high = |x| _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(x));
+        let four = _mm256_sub_pd(
+            _mm256_add_pd(low(self.products), high(self.products)),
+            _mm256_add_pd(low(self.mins), high(self.mins)),
+        );
         let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
         _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two))) as f32
     }
@@ -139,22 +184,25 @@ struct Nibbles {
     scale: [__m256; 2],
 }
 
-/// Activations of q8_0 in the order of `Nibbles`.
+/// Two numbers, each for a half of the lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn four_blocks(act: *const u8) -> ([[__m256i; 2]; 2], [__m256; 2]) {
-    const TWO: usize = 2 * Q8_0_BYTES;
-    // SAFETY: the caller has four blocks.
-    unsafe {
-        let q = act.add(2);
-        (
-            [
-                [pieces::<Q8_0_BYTES>(q), pieces::<Q8_0_BYTES>(q.add(16))],
-                [pieces::<Q8_0_BYTES>(q.add(TWO)), pieces::<Q8_0_BYTES>(q.add(TWO + 16))],
-            ],
-            [two_halves::<Q8_0_BYTES>(act), two_halves::<Q8_0_BYTES>(act.add(TWO))],
-        )
-    }
+fn lanes(low: f32, high: f32) -> __m256 {
+    _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low))
+}
+
+/// Activations in the order of `Nibbles`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn four_blocks(act: &Quantized) -> ([[__m256i; 2]; 2], [__m256; 2]) {
+    let q: *const u8 = act.q.as_ptr().cast();
+    // SAFETY: these are the first four blocks.
+    let two = |i: usize| unsafe {
+        let at = q.add(i * 2 * BLOCK);
+        [pieces::<BLOCK>(at), pieces::<BLOCK>(at.add(16))]
+    };
+    let [a, b, c, d, ..] = act.scale;
+    ([two(0), two(1)], [lanes(a, b), lanes(c, d)])
 }
 
 #[inline]
@@ -184,9 +232,8 @@ impl Moved {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn new(act: *const u8, offset: i8) -> Self {
-        // SAFETY: passed on.
-        let (q, scale) = unsafe { four_blocks(act) };
+    fn new(act: &Quantized, offset: i8) -> Self {
+        let (q, scale) = four_blocks(act);
         let ones = [_mm256_set1_epi8(1); 2];
         let less = _mm256_set1_epi32(-i32::from(offset));
         let correction = [
@@ -270,16 +317,14 @@ impl Q4_0 {
 impl Format for Q4_0 {
     const N: usize = 4 * 32;
     const BYTES: usize = 4 * Q4_BYTES;
-    const GGML_ACT_BYTES: usize = 4 * Q8_0_BYTES;
     type Act = Moved;
     type Weights = Nibbles;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn prepare(act: *const u8) -> Moved {
+    unsafe fn prepare(act: &Quantized) -> Moved {
         const { assert!(15 <= Moved::MAX) };
-        // SAFETY: passed on.
-        unsafe { Moved::new(act, Q4_0::OFFSET) }
+        Moved::new(act, Q4_0::OFFSET)
     }
 
     #[inline]
@@ -305,16 +350,14 @@ impl Mxfp4 {
 impl Format for Mxfp4 {
     const N: usize = 4 * 32;
     const BYTES: usize = 4 * MXFP4_BYTES;
-    const GGML_ACT_BYTES: usize = 4 * Q8_0_BYTES;
     type Act = Moved;
     type Weights = Nibbles;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn prepare(act: *const u8) -> Moved {
+    unsafe fn prepare(act: &Quantized) -> Moved {
         const { assert!(2 * Mxfp4::OFFSET as i32 <= Moved::MAX) };
-        // SAFETY: passed on.
-        unsafe { Moved::new(act, Mxfp4::OFFSET) }
+        Moved::new(act, Mxfp4::OFFSET)
     }
 
     #[inline]
@@ -361,15 +404,13 @@ struct FourBlocks {
 impl Format for Iq4Nl {
     const N: usize = 4 * 32;
     const BYTES: usize = 4 * Q4_BYTES;
-    const GGML_ACT_BYTES: usize = 4 * Q8_0_BYTES;
     type Act = FourBlocks;
     type Weights = Nibbles;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn prepare(act: *const u8) -> FourBlocks {
-        // SAFETY: passed on.
-        let ([a, b], scale) = unsafe { four_blocks(act) };
+    unsafe fn prepare(act: &Quantized) -> FourBlocks {
+        let ([a, b], scale) = four_blocks(act);
         FourBlocks { q: [Signed::both(a), Signed::both(b)], scale }
     }
 
@@ -412,16 +453,16 @@ struct Bytes {
 impl Format for Q8_0 {
     const N: usize = 2 * 32;
     const BYTES: usize = 2 * Q8_0_BYTES;
-    const GGML_ACT_BYTES: usize = 2 * Q8_0_BYTES;
     type Act = TwoBlocks;
     type Weights = Bytes;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn prepare(act: *const u8) -> TwoBlocks {
-        // SAFETY: passed on.
-        let Bytes { q, scale } = unsafe { Q8_0::decode(act) };
-        TwoBlocks { q, scale: [_mm256_cvtss_f32(scale[0]), _mm256_cvtss_f32(scale[1])] }
+    unsafe fn prepare(act: &Quantized) -> TwoBlocks {
+        let q: *const u8 = act.q.as_ptr().cast();
+        // SAFETY: there are two blocks, and more.
+        let q = unsafe { [load(q), load(q.add(BLOCK))] };
+        TwoBlocks { q, scale: [act.scale[0], act.scale[1]] }
     }
 
     #[inline]
@@ -446,31 +487,33 @@ impl Format for Q8_0 {
     }
 }
 
-/// The activation of a k-quant's 256 weights.
+/// The activation of a k-quant's 256 weights, block by block.
 #[repr(C, align(64))]
 struct Super {
     q: [__m256i; 8],
-    /// Of as many activations as share a minimum (q4_K, q5_K: 32) or a scale (q6_K: 16), in their order.
-    sums: __m256i,
-    scale: f32,
+    scale: [f32; 8],
 }
 
 impl Super {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn new(act: *const u8) -> Self {
-        // SAFETY: the caller has a block.
-        unsafe {
-            Super {
-                q: act.add(4).cast::<[__m256i; 8]>().read_unaligned(),
-                sums: load(act.add(4 + 256)),
-                scale: act.cast::<f32>().read_unaligned(),
-            }
-        }
+    fn new(act: &Quantized) -> Self {
+        // SAFETY: there are 8 blocks.
+        let q = unsafe { act.q.as_ptr().cast::<[__m256i; 8]>().read_unaligned() };
+        Super { q, scale: act.scale }
     }
 }
 
-/// The weights of a k-quant and their scales.
+/// The activation of 256 weights of q4_K or q5_K.
+#[repr(C, align(64))]
+struct WithSums {
+    q: [__m256i; 8],
+    scale: __m256,
+    /// What a block adds up to is what its minimum is multiplied with.
+    sums: __m256,
+}
+
+/// The weights of q6_K and their scales.
 struct Scaled {
     q: [__m256i; 8],
     /// 16 bits each: in each half of the register those of that half of each `q`.
@@ -490,25 +533,30 @@ const WORD: [[i8; 32]; 8] = {
 };
 
 impl Scaled {
-    /// The sum of pairs of products by their scales.
+    /// The sum of pairs of products by their scales; `pairs` gives those of a block, in 16 bits. What the scale of a block
+    /// is multiplied with are whole numbers and exact.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn products(&self, act: &Super) -> __m256i {
-        let mut sum = _mm256_setzero_si256();
-        for ((q, act), word) in self.q.iter().zip(&act.q).zip(&WORD) {
+    fn sum(&self, act: &Super, pairs: impl Fn(usize) -> __m256i) -> __m256 {
+        // two chains of sums are half as long
+        let mut sums = [_mm256_setzero_ps(); 2];
+        for i in 0..8 {
             // SAFETY: the index has 32 bytes.
-            let scale = _mm256_shuffle_epi8(self.scales, unsafe { load(word.as_ptr().cast()) });
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(*q, *act), scale));
+            let scale = _mm256_shuffle_epi8(self.scales, unsafe { load(WORD[i].as_ptr().cast()) });
+            let term = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs(i), scale));
+            sums[i % 2] = _mm256_fmadd_ps(term, _mm256_set1_ps(act.scale[i]), sums[i % 2]);
         }
-        sum
+        _mm256_add_ps(sums[0], sums[1])
     }
 }
 
+/// The weights of q4_K or q5_K. Scales and minimums are those of blocks.
 struct WithMins {
-    weights: Scaled,
-    /// In 16 bits.
-    mins: __m128i,
-    d_min: __m128,
+    q: [__m256i; 8],
+    scale: __m256,
+    mins: __m256,
+    d: __m256,
+    d_min: __m256,
 }
 
 /// What q4_K and q5_K begin with: two scales in half precision, eight 6-bit scales and minimums.
@@ -521,12 +569,8 @@ unsafe fn decode_q45_k(w: *const u8, q: [__m256i; 8]) -> WithMins {
         let pair = |low: u32, high: u32| (u64::from(low) | u64::from(high) << 32) as i64;
         let scales = pair(a & 0x3f3f_3f3f, c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030);
         let mins = pair(b & 0x3f3f_3f3f, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030);
-        let words = |x: i64| _mm_cvtepu8_epi16(_mm_cvtsi64_si128(x));
-        WithMins {
-            weights: Scaled { q, scales: _mm256_broadcastsi128_si256(words(scales)), d: half(w) },
-            mins: words(mins),
-            d_min: _mm256_castps256_ps128(half(w.add(2))),
-        }
+        let floats = |x: i64| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(x)));
+        WithMins { q, scale: floats(scales), mins: floats(mins), d: half(w), d_min: half(w.add(2)) }
     }
 }
 
@@ -537,20 +581,20 @@ macro_rules! with_mins {
         impl Format for $name {
             const N: usize = 256;
             const BYTES: usize = $bytes;
-            const GGML_ACT_BYTES: usize = Q8_K_BYTES;
-            type Act = Super;
+            type Act = WithSums;
             type Weights = WithMins;
 
             #[inline]
             #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn prepare(act: *const u8) -> Super {
-                // SAFETY: passed on.
-                let mut act = unsafe { Super::new(act) };
-                let pairs = pairs(act.sums);
-                let sums =
-                    _mm_packs_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
-                act.sums = _mm256_zextsi128_si256(sums);
-                act
+            unsafe fn prepare(act: &Quantized) -> WithSums {
+                // SAFETY: there are 8 blocks, scales and sums.
+                unsafe {
+                    WithSums {
+                        q: act.q.as_ptr().cast::<[__m256i; 8]>().read_unaligned(),
+                        scale: _mm256_loadu_ps(act.scale.as_ptr()),
+                        sums: _mm256_loadu_ps(act.sums().as_ptr()),
+                    }
+                }
             }
 
             #[inline]
@@ -562,12 +606,22 @@ macro_rules! with_mins {
 
             #[inline]
             #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn dot(w: &WithMins, act: &Super, sum: Sum) -> Sum {
-                let scale = _mm256_set1_ps(act.scale);
-                let sum = sum.add(w.weights.products(act), _mm256_mul_ps(w.weights.d, scale));
-                let mins = _mm_cvtepi32_ps(_mm_madd_epi16(w.mins, _mm256_castsi256_si128(act.sums)));
-                let d_min = _mm_mul_ps(w.d_min, _mm256_castps256_ps128(scale));
-                Sum { mins: _mm_fmadd_ps(mins, d_min, sum.mins), ..sum }
+            unsafe fn dot(w: &WithMins, act: &WithSums, sum: Sum) -> Sum {
+                // through memory, from where one is a whole register at no cost
+                let mut scales = [0.0; 8];
+                // SAFETY: there are 8.
+                unsafe { _mm256_storeu_ps(scales.as_mut_ptr(), _mm256_mul_ps(w.scale, act.scale)) };
+                let term = |i: usize| _mm256_cvtepi32_ps(pairs(_mm256_maddubs_epi16(w.q[i], act.q[i])));
+                // two chains of sums are half as long
+                let first = |i: usize| _mm256_mul_ps(term(i), _mm256_set1_ps(scales[i]));
+                let mut sums = [first(0), first(1)];
+                for i in 2..8 {
+                    sums[i % 2] = _mm256_fmadd_ps(term(i), _mm256_set1_ps(scales[i]), sums[i % 2]);
+                }
+                Sum {
+                    products: _mm256_fmadd_ps(_mm256_add_ps(sums[0], sums[1]), w.d, sum.products),
+                    mins: _mm256_fmadd_ps(_mm256_mul_ps(w.mins, act.sums), w.d_min, sum.mins),
+                }
             }
         }
     };
@@ -616,6 +670,13 @@ const EVEN_FIRST: [u8; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 
 
 struct Q6K;
 
+/// Weights are 32 less than their bits say, which takes this away from pairs of products, in 16 bits.
+#[repr(C, align(64))]
+struct WithOffset {
+    act: Super,
+    less: [__m256i; 8],
+}
+
 /// 128 weights of q6_K: low nibbles of 64 bytes, then their high ones; the two bits above them of weight k of each
 /// 32 in byte k, from the lowest up.
 #[inline]
@@ -637,19 +698,18 @@ unsafe fn half_of_q6_k(low: *const u8, high: *const u8) -> [__m256i; 4] {
 impl Format for Q6K {
     const N: usize = 256;
     const BYTES: usize = 128 + 64 + 16 + 2;
-    const GGML_ACT_BYTES: usize = Q8_K_BYTES;
-    type Act = Super;
+    type Act = WithOffset;
     type Weights = Scaled;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn prepare(act: *const u8) -> Super {
-        // SAFETY: the caller has a block.
-        unsafe {
-            let sums = act.add(4 + 256).cast::<[i16; 16]>().read_unaligned();
-            let sums = EVEN_FIRST.map(|i| sums[usize::from(i)]);
-            Super { sums: load(sums.as_ptr().cast()), ..Super::new(act) }
+    unsafe fn prepare(act: &Quantized) -> WithOffset {
+        let act = Super::new(act);
+        let mut less = [_mm256_setzero_si256(); 8];
+        for (less, q) in less.iter_mut().zip(&act.q) {
+            *less = _mm256_maddubs_epi16(_mm256_set1_epi8(32), *q);
         }
+        WithOffset { act, less }
     }
 
     #[inline]
@@ -671,10 +731,9 @@ impl Format for Q6K {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn dot(w: &Scaled, act: &Super, sum: Sum) -> Sum {
-        // weights are 32 less than their bits say
-        let less = _mm256_slli_epi32::<5>(_mm256_madd_epi16(w.scales, act.sums));
-        sum.add(_mm256_sub_epi32(w.products(act), less), _mm256_mul_ps(w.d, _mm256_set1_ps(act.scale)))
+    unsafe fn dot(w: &Scaled, WithOffset { act, less }: &WithOffset, sum: Sum) -> Sum {
+        let pairs = |i: usize| _mm256_sub_epi16(_mm256_maddubs_epi16(w.q[i], act.q[i]), less[i]);
+        sum.add(w.sum(act, pairs), w.d)
     }
 }
 
@@ -684,7 +743,8 @@ struct Iq4Xs;
 #[repr(C, align(64))]
 struct EightBlocks {
     q: [[Signed; 2]; 4],
-    scale: f32,
+    /// Of one sub-block for each half of the lanes.
+    scale: [__m256; 4],
 }
 
 struct SubBlocks {
@@ -697,22 +757,21 @@ struct SubBlocks {
 impl Format for Iq4Xs {
     const N: usize = 256;
     const BYTES: usize = 2 + 2 + 4 + 128;
-    const GGML_ACT_BYTES: usize = Q8_K_BYTES;
     type Act = EightBlocks;
     type Weights = SubBlocks;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn prepare(act: *const u8) -> EightBlocks {
-        // SAFETY: the caller has a block.
-        unsafe {
-            let mut q = [[Signed::new(_mm256_setzero_si256()); 2]; 4];
-            for (i, q) in q.iter_mut().enumerate() {
-                let at = act.add(4 + i * 64);
-                *q = Signed::both([pieces::<32>(at), pieces::<32>(at.add(16))]);
-            }
-            EightBlocks { q, scale: act.cast::<f32>().read_unaligned() }
+    unsafe fn prepare(act: &Quantized) -> EightBlocks {
+        let mut q = [[Signed::new(_mm256_setzero_si256()); 2]; 4];
+        let mut scale = [_mm256_setzero_ps(); 4];
+        for i in 0..4 {
+            let at: *const u8 = act.q[2 * i * BLOCK..].as_ptr().cast();
+            // SAFETY: there are two blocks.
+            q[i] = Signed::both(unsafe { [pieces::<BLOCK>(at), pieces::<BLOCK>(at.add(16))] });
+            scale[i] = lanes(act.scale[2 * i], act.scale[2 * i + 1]);
         }
+        EightBlocks { q, scale }
     }
 
     #[inline]
@@ -754,10 +813,11 @@ impl Format for Iq4Xs {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn dot(w: &SubBlocks, act: &EightBlocks, sum: Sum) -> Sum {
-        let mut products = _mm256_setzero_si256();
-        for ((q, act), scale) in w.q.iter().zip(&act.q).zip(&w.scales) {
-            products = _mm256_add_epi32(products, Signed::products_of_both(act, q, *scale));
+        let mut sums = [_mm256_setzero_ps(); 2];
+        for i in 0..4 {
+            let products = Signed::products_of_both(&act.q[i], &w.q[i], w.scales[i]);
+            sums[i % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), act.scale[i], sums[i % 2]);
         }
-        sum.add(products, _mm256_mul_ps(w.d, _mm256_set1_ps(act.scale)))
+        sum.add(_mm256_add_ps(sums[0], sums[1]), w.d)
     }
 }

@@ -2,12 +2,12 @@
 //!
 //! `dpbusd` multiplies unsigned by signed bytes. Weights are the unsigned side, moved up by an offset where the type
 //! has negative ones; the prepared activation holds what that adds to each lane, negated, and sums start from it.
-//! The k-quants have no offset: their scales differ every 16 or 32 weights, so pairs are summed to 16 bits
-//! (`maddubs`; at most 63 * 127 * 2), which `dpwssd` multiplies by the scale and adds.
+//! Those sums are exact. Scales of weights and of activations are multiplied where they are few, and then spread to
+//! the lanes.
 
 use std::arch::x86_64::*;
 
-use super::{IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Q8_K_BYTES, RowKernel};
+use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Quantized, RowKernel};
 use crate::ggml;
 
 pub fn is_available() -> bool {
@@ -30,19 +30,53 @@ pub fn kernel(ty: i32) -> Option<RowKernel> {
 
 super::row_loops!("avx512bw,avx512vnni");
 
+/// Rounds a block of an activation; its scale.
+///
+/// # Safety
+/// There are 32 elements, and room for them.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+unsafe fn quantize(x: *const f32, q: *mut i8) -> f32 {
+    // SAFETY: passed on.
+    let x = unsafe { [_mm512_loadu_ps(x), _mm512_loadu_ps(x.add(16))] };
+    // by their bits, so that what is no number is the largest
+    let size = |i: usize| _mm512_castps_si512(_mm512_abs_ps(x[i]));
+    let scale = f32::from_bits(_mm512_reduce_max_epi32(_mm512_max_epi32(size(0), size(1))) as u32) / 127.0;
+    if scale.is_normal() {
+        let by = _mm512_set1_ps(1.0 / scale);
+        for (i, x) in x.into_iter().enumerate() {
+            let x = _mm512_mul_ps(x, by);
+            // halves away from zero
+            let (sign, half) = (_mm512_set1_epi32(i32::MIN), _mm512_castps_si512(_mm512_set1_ps(0.5)));
+            let half = _mm512_ternarylogic_epi32::<0xea>(_mm512_castps_si512(x), sign, half);
+            let x = _mm512_add_ps(x, _mm512_castsi512_ps(half));
+            let rounded = _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x));
+            // SAFETY: passed on.
+            unsafe { _mm_storeu_si128(q.add(i * 16).cast(), rounded) };
+        }
+    }
+    scale
+}
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn to_half_and_back(x: f32) -> f32 {
+    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x))))
+}
+
 /// A row's product with an activation, so far.
 #[derive(Clone, Copy)]
 struct Sum {
     products: __m512,
     /// What the minimums of a type take away; kept apart, since it is as large as what remains.
-    mins: __m128,
+    mins: __m256,
 }
 
 impl Sum {
     #[inline]
     #[target_feature(enable = "avx512bw,avx512vnni")]
     fn zero() -> Self {
-        Sum { products: _mm512_setzero_ps(), mins: _mm_setzero_ps() }
+        Sum { products: _mm512_setzero_ps(), mins: _mm256_setzero_ps() }
     }
 
     #[inline]
@@ -59,8 +93,7 @@ impl Sum {
         let high = _mm512_cvtps_pd(_mm256_castsi256_ps(_mm512_extracti64x4_epi64::<1>(_mm512_castps_si512(
             self.products,
         ))));
-        let mins = _mm512_zextpd256_pd512(_mm256_cvtps_pd(self.mins));
-        _mm512_reduce_add_pd(_mm512_sub_pd(_mm512_add_pd(low, high), mins)) as f32
+        _mm512_reduce_add_pd(_mm512_sub_pd(_mm512_add_pd(low, high), _mm512_cvtps_pd(self.mins))) as f32
     }
 }
 
@@ -154,8 +187,8 @@ const fn spread<T: Copy, const N: usize, const M: usize>(values: [T; N]) -> [T; 
     out
 }
 
-/// Four blocks of 32 with an activation of q8_0: a block's 16 bytes are a quarter of a register, their low nibbles
-/// its first 16 weights, the high ones the others.
+/// Four blocks of 32: a block's 16 bytes are a quarter of a register, their low nibbles its first 16 weights, the high
+/// ones the others.
 #[repr(C, align(64))]
 struct FourBlocks {
     low: __m512i,
@@ -171,15 +204,19 @@ struct Nibbles {
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vnni")]
-unsafe fn prepare_nibbles(act: *const u8, offset: i32) -> FourBlocks {
-    // SAFETY: the caller has four blocks.
-    unsafe {
-        let low = pieces::<Q8_0_BYTES>(act.add(2));
-        let high = pieces::<Q8_0_BYTES>(act.add(2 + 16));
-        let scales: [f32; 4] = std::array::from_fn(|i| half(act.add(i * Q8_0_BYTES)));
-        let scale = _mm512_loadu_ps(spread::<_, 4, 16>(scales).as_ptr());
-        FourBlocks { low, high, correction: correction([low, high], offset), scale }
-    }
+fn lanes<const N: usize>(values: [f32; N]) -> __m512 {
+    // SAFETY: the array has 64 bytes.
+    unsafe { _mm512_loadu_ps(spread::<_, N, 16>(values).as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn prepare_nibbles(act: &Quantized, offset: i32) -> FourBlocks {
+    let q: *const u8 = act.q.as_ptr().cast();
+    // SAFETY: these are the first four blocks.
+    let (low, high) = unsafe { (pieces::<BLOCK>(q), pieces::<BLOCK>(q.add(16))) };
+    let [a, b, c, d, ..] = act.scale;
+    FourBlocks { low, high, correction: correction([low, high], offset), scale: lanes([a, b, c, d]) }
 }
 
 #[inline]
@@ -208,15 +245,13 @@ macro_rules! four_blocks {
         impl Format for $name {
             const N: usize = 4 * 32;
             const BYTES: usize = 4 * $bytes;
-            const GGML_ACT_BYTES: usize = 4 * Q8_0_BYTES;
             type Act = FourBlocks;
             type Weights = Nibbles;
 
             #[inline]
             #[target_feature(enable = "avx512bw,avx512vnni")]
-            unsafe fn prepare(act: *const u8) -> FourBlocks {
-                // SAFETY: passed on.
-                unsafe { prepare_nibbles(act, $offset) }
+            unsafe fn prepare(act: &Quantized) -> FourBlocks {
+                prepare_nibbles(act, $offset)
             }
 
             #[inline]
@@ -295,18 +330,16 @@ impl Q8_0 {
 impl Format for Q8_0 {
     const N: usize = 2 * 32;
     const BYTES: usize = 2 * Q8_0_BYTES;
-    const GGML_ACT_BYTES: usize = 2 * Q8_0_BYTES;
     type Act = TwoBlocks;
     type Weights = Bytes;
 
     #[inline]
     #[target_feature(enable = "avx512bw,avx512vnni")]
-    unsafe fn prepare(act: *const u8) -> TwoBlocks {
-        // SAFETY: passed on.
-        unsafe {
-            let q = halves::<Q8_0_BYTES>(act.add(2));
-            TwoBlocks { q, correction: correction([q], 128), scale: Q8_0::scales(act) }
-        }
+    unsafe fn prepare(act: &Quantized) -> TwoBlocks {
+        // SAFETY: there are more than 64.
+        let q = unsafe { load(act.q.as_ptr().cast()) };
+        let [a, b, ..] = act.scale;
+        TwoBlocks { q, correction: correction([q], 128), scale: lanes([a, b]) }
     }
 
     #[inline]
@@ -327,40 +360,57 @@ impl Format for Q8_0 {
     }
 }
 
-/// The activation of a k-quant's 256 weights.
+/// The activation of 256 weights of q4_K or q5_K: two blocks to a register, as two times 32 bytes of nibbles come out
+/// of one.
 #[repr(C, align(64))]
-struct Super {
+struct WithSums {
     q: [__m512i; 4],
-    /// Of as many activations as share a minimum (q4_K, q5_K: 32) or a scale (q6_K: 16).
-    sums: __m256i,
-    scale: f32,
+    scale: __m256,
+    /// What a block adds up to is what its minimum is multiplied with.
+    sums: __m256,
 }
 
-/// Weights as two times 32 bytes and two times 32 nibbles: `[0, 32) + [64, 96)`, `[32, 64) + [96, 128)`, and so on.
+/// Which blocks are in `q`.
+const BLOCKS_OF: [[i32; 2]; 4] = [[0, 2], [1, 3], [4, 6], [5, 7]];
+
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vnni")]
-unsafe fn prepare_q45_k(act: *const u8) -> Super {
-    // SAFETY: the caller has a block.
+fn prepare_q45_k(act: &Quantized) -> WithSums {
+    // SAFETY: there are 8 blocks, scales and sums.
     unsafe {
-        let q = act.add(4);
-        let sums = _mm256_loadu_si256(act.add(4 + 256).cast());
-        let pairs = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-        let sums = _mm_packs_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
-        Super {
-            q: [0, 32, 128, 160].map(|first| halves::<64>(q.add(first))),
-            sums: _mm256_zextsi128_si256(sums),
-            scale: act.cast::<f32>().read_unaligned(),
+        let block = |b: i32| _mm256_loadu_si256(act.q.as_ptr().add(b as usize * BLOCK).cast());
+        WithSums {
+            q: BLOCKS_OF.map(|[a, b]| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(block(a)), block(b))),
+            scale: _mm256_loadu_ps(act.scale.as_ptr()),
+            sums: _mm256_loadu_ps(act.sums().as_ptr()),
         }
     }
 }
 
+/// The weights of q4_K or q5_K. Scales and minimums are those of blocks.
 struct WithMins {
     q: [__m512i; 4],
-    /// In 16 bits, for pairs of weights.
-    scales: [__m512i; 4],
-    mins: __m128i,
+    scale: __m256,
+    mins: __m256,
     d: f32,
     d_min: f32,
+}
+
+/// For each lane the number that `index` says.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn select(index: &[i32; 16], from: __m512) -> __m512 {
+    // SAFETY: the array has 64 bytes.
+    _mm512_permutexvar_ps(unsafe { _mm512_loadu_si512(index.as_ptr().cast()) }, from)
+}
+
+/// Products of four registers, by those of the scales that `index` says.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn sum_of_four(products: [__m512i; 4], index: &[[i32; 16]; 4], scales: __m512) -> __m512 {
+    let scale = |i: usize| select(&index[i], scales);
+    let add = |sum, i: usize| _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[i]), scale(i), sum);
+    add(add(add(_mm512_mul_ps(_mm512_cvtepi32_ps(products[0]), scale(0)), 1), 2), 3)
 }
 
 /// What q4_K and q5_K begin with: two scales in half precision, eight 6-bit scales and minimums.
@@ -372,35 +422,25 @@ unsafe fn decode_q45_k(w: *const u8, q: [__m512i; 4]) -> WithMins {
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let scales = pair(a & 0x3f3f_3f3f, c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030);
     let mins = pair(b & 0x3f3f_3f3f, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030);
-    let words = |x: u64| _mm_cvtepu8_epi16(_mm_cvtsi64_si128(x as i64));
-    let all = _mm512_castsi128_si512(words(scales));
-    const INDEX: [[i16; 32]; 4] = [spread([0, 2]), spread([1, 3]), spread([4, 6]), spread([5, 7])];
-    WithMins {
-        q,
-        // SAFETY: the arrays have 64 bytes.
-        scales: INDEX.map(|i| _mm512_permutexvar_epi16(unsafe { load(i.as_ptr().cast()) }, all)),
-        mins: words(mins),
-        // SAFETY: as above.
-        d: unsafe { half(w) },
-        d_min: unsafe { half(w.add(2)) },
+    let floats = |x: u64| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(x as i64)));
+    // SAFETY: as above.
+    let (d, d_min) = unsafe { (half(w), half(w.add(2))) };
+    WithMins { q, scale: floats(scales), mins: floats(mins), d, d_min }
+}
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn dot_q45_k(w: &WithMins, act: &WithSums, sum: Sum) -> Sum {
+    const INDEX: [[i32; 16]; 4] =
+        [spread(BLOCKS_OF[0]), spread(BLOCKS_OF[1]), spread(BLOCKS_OF[2]), spread(BLOCKS_OF[3])];
+    let scales = _mm512_castps256_ps512(_mm256_mul_ps(w.scale, act.scale));
+    let products = |i: usize| _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.q[i], act.q[i]);
+    let four = sum_of_four([products(0), products(1), products(2), products(3)], &INDEX, scales);
+    let mins = _mm256_mul_ps(w.mins, act.sums);
+    Sum {
+        mins: _mm256_fmadd_ps(mins, _mm256_set1_ps(w.d_min), sum.mins),
+        ..sum.add(four, _mm512_set1_ps(w.d))
     }
-}
-
-/// The sum of pairs of products by their scales.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512vnni")]
-fn scaled(q: &[__m512i; 4], scales: &[__m512i; 4], act: &[__m512i; 4]) -> __m512i {
-    let add = |sum, i: usize| _mm512_dpwssd_epi32(sum, _mm512_maddubs_epi16(q[i], act[i]), scales[i]);
-    let zero = _mm512_setzero_si512();
-    _mm512_add_epi32(add(add(zero, 0), 1), add(add(zero, 2), 3))
-}
-
-#[inline]
-#[target_feature(enable = "avx512bw,avx512vnni")]
-fn dot_q45_k(w: &WithMins, act: &Super, sum: Sum) -> Sum {
-    let sum = sum.add(_mm512_cvtepi32_ps(scaled(&w.q, &w.scales, &act.q)), _mm512_set1_ps(w.d * act.scale));
-    let mins = _mm_cvtepi32_ps(_mm_madd_epi16(w.mins, _mm256_castsi256_si128(act.sums)));
-    Sum { mins: _mm_fmadd_ps(mins, _mm_set1_ps(w.d_min * act.scale), sum.mins), ..sum }
 }
 
 macro_rules! with_mins {
@@ -410,15 +450,13 @@ macro_rules! with_mins {
         impl Format for $name {
             const N: usize = 256;
             const BYTES: usize = $bytes;
-            const GGML_ACT_BYTES: usize = Q8_K_BYTES;
-            type Act = Super;
+            type Act = WithSums;
             type Weights = WithMins;
 
             #[inline]
             #[target_feature(enable = "avx512bw,avx512vnni")]
-            unsafe fn prepare(act: *const u8) -> Super {
-                // SAFETY: passed on.
-                unsafe { prepare_q45_k(act) }
+            unsafe fn prepare(act: &Quantized) -> WithSums {
+                prepare_q45_k(act)
             }
 
             #[inline]
@@ -430,7 +468,7 @@ macro_rules! with_mins {
 
             #[inline]
             #[target_feature(enable = "avx512bw,avx512vnni")]
-            unsafe fn dot(w: &WithMins, act: &Super, sum: Sum) -> Sum {
+            unsafe fn dot(w: &WithMins, act: &WithSums, sum: Sum) -> Sum {
                 dot_q45_k(w, act, sum)
             }
         }
@@ -463,32 +501,39 @@ with_mins!(Q5K, HEAD + 32 + 128, |w| {
 
 struct Q6K;
 
+/// The activation of 256 weights of q6_K, two blocks to a register. Weights are 32 less than their bits say.
+#[repr(C, align(64))]
+struct WithOffset {
+    q: [__m512i; 4],
+    /// Each twice.
+    scale: __m512,
+    /// A quarter of what that adds to the sum of 16 products, negated: of the four sums of register i in lanes i, i + 4,
+    /// i + 8 and i + 12.
+    correction: __m512i,
+}
+
 struct Sixteens {
     q: [__m512i; 4],
-    scales: [__m512i; 4],
-    /// All of them.
-    all: __m256i,
+    scale: __m512,
     d: f32,
 }
 
 impl Format for Q6K {
     const N: usize = 256;
     const BYTES: usize = 128 + 64 + 16 + 2;
-    const GGML_ACT_BYTES: usize = Q8_K_BYTES;
-    type Act = Super;
+    type Act = WithOffset;
     type Weights = Sixteens;
 
     #[inline]
     #[target_feature(enable = "avx512bw,avx512vnni")]
-    unsafe fn prepare(act: *const u8) -> Super {
-        // SAFETY: the caller has a block.
-        unsafe {
-            Super {
-                q: [0, 64, 128, 192].map(|first| load(act.add(4 + first))),
-                sums: _mm256_loadu_si256(act.add(4 + 256).cast()),
-                scale: act.cast::<f32>().read_unaligned(),
-            }
-        }
+    unsafe fn prepare(act: &Quantized) -> WithOffset {
+        // SAFETY: there are 256.
+        let q = [0, 64, 128, 192].map(|first| unsafe { load(act.q.as_ptr().add(first).cast()) });
+        let sum = |i: usize| act.q[i * 16..][..16].iter().map(|q| i32::from(*q)).sum::<i32>();
+        let correction: [i32; 16] = std::array::from_fn(|lane| -32 / 4 * sum(lane % 4 * 4 + lane / 4));
+        // SAFETY: the array has 64 bytes.
+        let correction = unsafe { _mm512_loadu_si512(correction.as_ptr().cast()) };
+        WithOffset { q, scale: lanes(act.scale), correction }
     }
 
     #[inline]
@@ -508,31 +553,24 @@ impl Format for Q6K {
                 [_mm512_or_si512(a, first), _mm512_or_si512(b, second)]
             };
             let ([a, b], [c, d]) = (part(0), part(1));
-            let all = _mm256_cvtepi8_epi16(_mm_loadu_si128(w.add(128 + 64).cast()));
-            const INDEX: [[i16; 32]; 4] = [
-                spread([0, 1, 2, 3]),
-                spread([4, 5, 6, 7]),
-                spread([8, 9, 10, 11]),
-                spread([12, 13, 14, 15]),
-            ];
-            let wide = _mm512_castsi256_si512(all);
-            Sixteens {
-                q: [a, b, c, d],
-                scales: INDEX.map(|i| _mm512_permutexvar_epi16(load(i.as_ptr().cast()), wide)),
-                all,
-                d: half(w.add(128 + 64 + 16)),
-            }
+            let scales = _mm512_cvtepi8_epi32(_mm_loadu_si128(w.add(128 + 64).cast()));
+            Sixteens { q: [a, b, c, d], scale: _mm512_cvtepi32_ps(scales), d: half(w.add(128 + 64 + 16)) }
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx512bw,avx512vnni")]
-    unsafe fn dot(w: &Sixteens, act: &Super, sum: Sum) -> Sum {
-        let products = scaled(&w.q, &w.scales, &act.q);
-        // weights are 32 less than their bits say
-        let less = _mm256_slli_epi32::<5>(_mm256_madd_epi16(w.all, act.sums));
-        let products = _mm512_sub_epi32(products, _mm512_zextsi256_si512(less));
-        sum.add(_mm512_cvtepi32_ps(products), _mm512_set1_ps(w.d * act.scale))
+    unsafe fn dot(w: &Sixteens, act: &WithOffset, sum: Sum) -> Sum {
+        const INDEX: [[i32; 16]; 4] =
+            [spread([0, 1, 2, 3]), spread([4, 5, 6, 7]), spread([8, 9, 10, 11]), spread([12, 13, 14, 15])];
+        // one to the four lanes of its sum
+        let products = [
+            _mm512_dpbusd_epi32(_mm512_shuffle_epi32::<0b00_00_00_00>(act.correction), w.q[0], act.q[0]),
+            _mm512_dpbusd_epi32(_mm512_shuffle_epi32::<0b01_01_01_01>(act.correction), w.q[1], act.q[1]),
+            _mm512_dpbusd_epi32(_mm512_shuffle_epi32::<0b10_10_10_10>(act.correction), w.q[2], act.q[2]),
+            _mm512_dpbusd_epi32(_mm512_shuffle_epi32::<0b11_11_11_11>(act.correction), w.q[3], act.q[3]),
+        ];
+        sum.add(sum_of_four(products, &INDEX, _mm512_mul_ps(w.scale, act.scale)), _mm512_set1_ps(w.d))
     }
 }
 
@@ -543,38 +581,38 @@ struct Iq4Xs;
 struct EightBlocks {
     q: [[__m512i; 2]; 2],
     correction: [__m512i; 2],
-    scale: f32,
+    scale: __m256,
 }
 
 struct SubBlocks {
     q: [[__m512i; 2]; 2],
     /// Of each sub-block, whole numbers.
-    scale: [__m512; 2],
+    scale: __m256,
     d: f32,
 }
 
 impl Format for Iq4Xs {
     const N: usize = 256;
     const BYTES: usize = 2 + 2 + 4 + 128;
-    const GGML_ACT_BYTES: usize = Q8_K_BYTES;
     type Act = EightBlocks;
     type Weights = SubBlocks;
 
     #[inline]
     #[target_feature(enable = "avx512bw,avx512vnni")]
-    unsafe fn prepare(act: *const u8) -> EightBlocks {
-        // SAFETY: the caller has a block.
-        unsafe {
-            let q = act.add(4);
-            let q = [
-                [pieces::<32>(q), pieces::<32>(q.add(16))],
-                [pieces::<32>(q.add(128)), pieces::<32>(q.add(128 + 16))],
-            ];
-            EightBlocks {
-                q,
-                correction: q.map(|q| correction(q, TABLE_OFFSET)),
-                scale: act.cast::<f32>().read_unaligned(),
-            }
+    unsafe fn prepare(act: &Quantized) -> EightBlocks {
+        let q: *const u8 = act.q.as_ptr().cast();
+        // SAFETY: there are 256.
+        let q = unsafe {
+            [
+                [pieces::<BLOCK>(q), pieces::<BLOCK>(q.add(16))],
+                [pieces::<BLOCK>(q.add(128)), pieces::<BLOCK>(q.add(128 + 16))],
+            ]
+        };
+        EightBlocks {
+            q,
+            correction: [correction(q[0], TABLE_OFFSET), correction(q[1], TABLE_OFFSET)],
+            // SAFETY: there are 8.
+            scale: unsafe { _mm256_loadu_ps(act.scale.as_ptr()) },
         }
     }
 
@@ -584,26 +622,21 @@ impl Format for Iq4Xs {
         // SAFETY: the caller has a block.
         unsafe {
             // of a sub-block's scale, four bits and two bits more
-            let low = _mm512_set1_epi32(w.add(4).cast::<i32>().read_unaligned());
-            let high = _mm512_set1_epi32(i32::from(w.add(2).cast::<u16>().read_unaligned()) << 4);
-            let scale = |part: i32| {
-                const LOW: [i32; 16] = spread([0, 4, 8, 12]);
-                const HIGH: [i32; 16] = spread([0, 2, 4, 6]);
-                let by = |shifts: &[i32; 16], from, add| {
-                    let shifts = _mm512_loadu_si512(shifts.as_ptr().cast());
-                    _mm512_srlv_epi32(from, _mm512_add_epi32(shifts, _mm512_set1_epi32(add)))
-                };
-                let low = _mm512_and_si512(by(&LOW, low, 16 * part), _mm512_set1_epi32(0x0f));
-                let high = _mm512_and_si512(by(&HIGH, high, 8 * part), _mm512_set1_epi32(0x30));
-                let scale = _mm512_sub_epi32(_mm512_or_si512(low, high), _mm512_set1_epi32(32));
-                _mm512_cvtepi32_ps(scale)
-            };
+            let low = _mm256_set1_epi32(w.add(4).cast::<i32>().read_unaligned());
+            let high = _mm256_set1_epi32(i32::from(w.add(2).cast::<u16>().read_unaligned()) << 4);
+            let low = _mm256_srlv_epi32(low, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+            let high = _mm256_srlv_epi32(high, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+            let bits = _mm256_or_si256(
+                _mm256_and_si256(low, _mm256_set1_epi32(0x0f)),
+                _mm256_and_si256(high, _mm256_set1_epi32(0x30)),
+            );
+            let scale = _mm256_cvtepi32_ps(_mm256_sub_epi32(bits, _mm256_set1_epi32(32)));
             // not a closure for both: it would not be inlined
             let q = [
                 values(&IQ4_VALUES, nibbles(load(w.add(8)))),
                 values(&IQ4_VALUES, nibbles(load(w.add(8 + 64)))),
             ];
-            SubBlocks { q, scale: [scale(0), scale(1)], d: half(w) }
+            SubBlocks { q, scale, d: half(w) }
         }
     }
 
@@ -614,9 +647,10 @@ impl Format for Iq4Xs {
             let products = _mm512_dpbusd_epi32(act.correction[i], w.q[i][0], act.q[i][0]);
             _mm512_dpbusd_epi32(products, w.q[i][1], act.q[i][1])
         };
-        // whole numbers below 2^24 are exact
-        let first = _mm512_mul_ps(_mm512_cvtepi32_ps(part(0)), w.scale[0]);
-        let both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part(1)), w.scale[1], first);
-        sum.add(both, _mm512_set1_ps(w.d * act.scale))
+        const INDEX: [[i32; 16]; 2] = [spread([0, 1, 2, 3]), spread([4, 5, 6, 7])];
+        let scales = _mm512_castps256_ps512(_mm256_mul_ps(w.scale, act.scale));
+        let first = _mm512_mul_ps(_mm512_cvtepi32_ps(part(0)), select(&INDEX[0], scales));
+        let both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part(1)), select(&INDEX[1], scales), first);
+        sum.add(both, _mm512_set1_ps(w.d))
     }
 }

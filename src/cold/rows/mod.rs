@@ -2,15 +2,18 @@
 //!
 //! Against ggml's dot products, which most of the time wait for their own instructions, they differ in three ways:
 //!
-//! - The activation is *prepared* once: put into the order in which the weights' nibbles come out of a register,
-//!   with its scales spread to the lanes, and with what an offset of the weights adds, so that unsigned weights and
-//!   signed activations meet in one exact integer instruction.
+//! - The activation is *prepared* once: rounded to 8 bits, put into the order in which the weights' nibbles come out
+//!   of a register, with its scales spread to the lanes, and with what an offset of the weights adds, so that unsigned
+//!   weights and signed activations meet in one exact integer instruction.
 //! - A thread reads one contiguous stream and asks for what comes next a few KiB ahead. (Four rows at a time are
 //!   faster from a cache and slower from memory: the hardware prefetcher loses the streams.)
 //! - Weights are decoded once for all activations.
 //!
-//! Activations keep ggml's format (`from_float`), and integers are summed exactly, so a product differs from ggml's
-//! only by the order in which its blocks are added up.
+//! Activations are rounded as ggml's CUDA kernels round them ([`Quantized`]): every 32 elements have a scale. For most
+//! types an expert in a slot and the same expert on the CPU then differ only by the order in which blocks are added up,
+//! and for k-quants and iq4_xs, for which ggml's CPU kernels have a scale for every 256 elements, that is nearer to the
+//! activation. One thing of CUDA's is not taken over: for the offset of q4_0 it sums the elements before they are
+//! rounded, which makes the error of the products three times as large.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -47,31 +50,23 @@ pub struct RowKernel {
     pub name: &'static str,
     /// Bytes of a prepared activation of so many elements, a multiple of 64.
     pub act_bytes: fn(usize) -> usize,
-    /// Prepares an activation of so many elements from ggml's format.
-    prepare: unsafe fn(usize, *const u8, *mut u8),
+    /// Prepares an activation of so many elements.
+    prepare: unsafe fn(usize, *const f32, *mut u8),
     /// Multiplies with up to `MAX_AT_ONCE` prepared activations.
     multiply: unsafe fn(&Rows, &[Target]),
 }
 
 impl RowKernel {
-    /// The fastest kernel for rows of `n_in` weights of type `ty` on this CPU. `row_bytes` and `act_row_bytes` are
-    /// what ggml says of a row and of its activation: formats that are not those that kernels know get none.
-    pub fn find(ty: i32, n_in: usize, row_bytes: usize, act_row_bytes: usize) -> Option<RowKernel> {
-        RowKernel::all(ty, n_in, row_bytes, act_row_bytes).next()
+    /// The fastest kernel for rows of `n_in` weights of type `ty` on this CPU. `row_bytes` is what ggml says of a row:
+    /// a format that is not the one that kernels know gets none.
+    pub fn find(ty: i32, n_in: usize, row_bytes: usize) -> Option<RowKernel> {
+        RowKernel::all(ty, n_in, row_bytes).next()
     }
 
     /// As `find`, all that this CPU can run, the fastest first.
-    pub fn all(
-        ty: i32,
-        n_in: usize,
-        row_bytes: usize,
-        act_row_bytes: usize,
-    ) -> impl Iterator<Item = RowKernel> {
-        let blocks = |block: usize, bytes: usize| n_in.is_multiple_of(block).then_some(n_in / block * bytes);
-        let known = Format::of(ty).is_some_and(|f| {
-            let act = if f.block == 32 { blocks(32, 34) } else { blocks(256, 292) };
-            blocks(f.block, f.bytes) == Some(row_bytes) && act == Some(act_row_bytes)
-        });
+    pub fn all(ty: i32, n_in: usize, row_bytes: usize) -> impl Iterator<Item = RowKernel> {
+        let known = Format::of(ty)
+            .is_some_and(|f| n_in.is_multiple_of(f.block) && n_in / f.block * f.bytes == row_bytes);
         SETS.iter()
             .filter(move |_| known)
             .filter(|set| (set.is_available)())
@@ -81,8 +76,8 @@ impl RowKernel {
     /// Prepares an activation.
     ///
     /// # Safety
-    /// `act` is one of `n_in` elements in ggml's format, `out` is aligned to 64 bytes and has `act_bytes(n_in)`.
-    pub unsafe fn prepare(&self, n_in: usize, act: *const u8, out: *mut u8) {
+    /// `act` has `n_in` elements, `out` is aligned to 64 bytes and has `act_bytes(n_in)`.
+    pub unsafe fn prepare(&self, n_in: usize, act: *const f32, out: *mut u8) {
         debug_assert!(out.addr().is_multiple_of(ALIGN));
         // SAFETY: passed on; `find` checked the CPU.
         unsafe { (self.prepare)(n_in, act, out) };
@@ -141,8 +136,34 @@ impl Format {
 
 /// `block_q8_0`: a scale in half precision, 32 bytes.
 const Q8_0_BYTES: usize = 2 + 32;
-/// `block_q8_K`: f32 scale, 256 bytes, the sums of each 16 in 16 bits.
-const Q8_K_BYTES: usize = 4 + 256 + 32;
+
+/// Elements of an activation that have a scale of their own.
+const BLOCK: usize = 32;
+/// Blocks of the longest step.
+const BLOCKS: usize = 8;
+
+/// The activation of a step, blocks of 32, rounded to 8 bits as in `quantize_q8_1` of ggml's CUDA kernels. What is not
+/// there is 0.
+#[repr(C, align(64))]
+struct Quantized {
+    q: [i8; BLOCKS * BLOCK],
+    /// The largest element of a block / 127, in half precision.
+    scale: [f32; BLOCKS],
+}
+
+impl Quantized {
+    const ZERO: Self = Quantized { q: [0; BLOCKS * BLOCK], scale: [0.0; BLOCKS] };
+
+    /// What the elements of each block add up to.
+    #[inline]
+    fn sums(&self) -> [f32; BLOCKS] {
+        let sum = |i: usize| self.q[i * BLOCK..][..BLOCK].iter().map(|q| i32::from(*q)).sum::<i32>();
+        std::array::from_fn(|i| sum(i) as f32 * self.scale[i])
+    }
+}
+
+/// The least number that half precision has with all of its digits.
+const LEAST_HALF: f32 = 6.103_515_6e-5;
 
 /// `kvalues_iq4nl`.
 const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
@@ -180,9 +201,8 @@ macro_rules! row_loops {
         trait Format {
             /// Elements of a step.
             const N: usize;
-            /// Its bytes in a row, and in an activation as ggml has it.
+            /// Its bytes in a row.
             const BYTES: usize;
-            const GGML_ACT_BYTES: usize;
             /// The prepared activation of a step; all of them are aligned to 64 bytes.
             type Act;
             /// The weights of a step in registers.
@@ -190,27 +210,30 @@ macro_rules! row_loops {
 
             /// # Safety
             /// As all functions here: the CPU has the instructions, and the pointers a step's bytes.
-            unsafe fn prepare(act: *const u8) -> Self::Act;
+            unsafe fn prepare(act: &$crate::cold::rows::Quantized) -> Self::Act;
             unsafe fn decode(w: *const u8) -> Self::Weights;
             /// Adds the products to `sum`.
             unsafe fn dot(w: &Self::Weights, act: &Self::Act, sum: Sum) -> Sum;
         }
 
         #[target_feature(enable = $features)]
-        unsafe fn prepare<F: Format>(n_in: usize, act: *const u8, out: *mut u8) {
+        unsafe fn prepare<F: Format>(n_in: usize, act: *const f32, out: *mut u8) {
+            use $crate::cold::rows::{BLOCK, LEAST_HALF, Quantized};
             let out = out.cast::<F::Act>();
-            let (steps, rest) = (n_in / F::N, n_in % F::N);
-            for s in 0..steps {
-                // SAFETY: the caller vouches for both rows.
-                unsafe { out.add(s).write(F::prepare(act.add(s * F::GGML_ACT_BYTES))) };
-            }
-            if rest > 0 {
-                // SAFETY: as above; the rest of the step are blocks of zeroes.
-                unsafe {
-                    let last = act.add(steps * F::GGML_ACT_BYTES);
-                    let last = $crate::cold::rows::padded(last, rest * F::GGML_ACT_BYTES / F::N);
-                    out.add(steps).write(F::prepare(last.as_ptr()));
+            for s in 0..n_in.div_ceil(F::N) {
+                let first = s * F::N;
+                let mut step = Quantized::ZERO;
+                for b in 0..F::N.min(n_in - first) / BLOCK {
+                    // SAFETY: the caller has `n_in` elements, whole blocks of them.
+                    let scale =
+                        unsafe { quantize(act.add(first + b * BLOCK), step.q[b * BLOCK..].as_mut_ptr()) };
+                    let half = to_half_and_back(scale);
+                    // what half precision has too few digits for stays as it is
+                    let keeps = scale < LEAST_HALF || half.is_infinite();
+                    step.scale[b] = if keeps { scale } else { half };
                 }
+                // SAFETY: the caller has `act_bytes` of room.
+                unsafe { out.add(s).write(F::prepare(&step)) };
             }
         }
 

@@ -27,8 +27,6 @@ use outlook::{Expected, GpuRates, Rates, Suggestion, Vram};
 const MIB: f64 = (1 << 20) as f64;
 /// Elements of a row that all types have blocks for.
 const ROW: u64 = 256;
-/// Of ggml's activations, for weights in blocks of 32 and of 256: bytes of such a row.
-const ACT_BYTES: [usize; 2] = [272, 292];
 
 const NOT_TOLD: &str =
     "LoRA adapters, repacked weights, eval callbacks, precision of activations: llama.cpp says at the start";
@@ -102,8 +100,7 @@ struct ModelReport {
 fn row_kernels() -> Vec<&'static str> {
     let kernel = |&(ty, _): &(i32, &str)| {
         let (block, bytes) = gguf::block(ty)?;
-        let act = ACT_BYTES[usize::from(block > 32)];
-        RowKernel::find(ty, ROW as usize, (ROW / block * bytes) as usize, act).map(|k| k.name)
+        RowKernel::find(ty, ROW as usize, (ROW / block * bytes) as usize).map(|k| k.name)
     };
     ggml::TYPE_NAMES.iter().filter_map(kernel).collect()
 }
