@@ -157,8 +157,11 @@ impl Quantized {
     /// What the elements of each block add up to.
     #[inline]
     fn sums(&self) -> [f32; BLOCKS] {
-        let sum = |i: usize| self.q[i * BLOCK..][..BLOCK].iter().map(|q| i32::from(*q)).sum::<i32>();
-        std::array::from_fn(|i| sum(i) as f32 * self.scale[i])
+        let mut out = self.scale;
+        for (out, q) in out.iter_mut().zip(self.q.chunks_exact(BLOCK)) {
+            *out *= q.iter().map(|q| i32::from(*q)).sum::<i32>() as f32;
+        }
+        out
     }
 }
 
