@@ -83,14 +83,16 @@ fn check(llama: &llama_tests::Exclusive, about: &TestModel) -> Result<Option<Str
         ours.0, ours.1, theirs.0, theirs.1
     );
     println!("{figures}");
-    if ours.0 > theirs.0 * FARTHER || ours.1 > theirs.1 * FARTHER {
+    if ours.0 > theirs.0 * FARTHER.0 || ours.1 > theirs.1 * FARTHER.1 {
         return Err(figures);
     }
     Ok(Some(kernels))
 }
 
-/// As much farther than ggml two equals may be by chance.
-const FARTHER: f64 = 1.15;
+/// As much farther than ggml two equals may be by chance, in the middle and where 90% are below: that is up to the few rows
+/// for which a router chose other experts, which differ from run to run with the slots (7.7e-2 against 8e-2 to 1.1e-1 in
+/// one model). What is wrong with a kernel is as large as the logits.
+const FARTHER: (f64, f64) = (1.15, 2.0);
 
 /// Writes a model with other weights.
 fn quantize(from: &Path, to: &Path, weights: &str) -> Result<(), String> {
