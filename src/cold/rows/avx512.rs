@@ -58,12 +58,6 @@ unsafe fn quantize(x: *const f32, q: *mut i8) -> f32 {
     scale
 }
 
-#[inline]
-#[target_feature(enable = "avx512bw,avx512vnni")]
-fn to_half_and_back(x: f32) -> f32 {
-    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x))))
-}
-
 /// A row's product with an activation, so far.
 #[derive(Clone, Copy)]
 struct Sum {

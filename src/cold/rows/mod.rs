@@ -219,6 +219,12 @@ macro_rules! row_loops {
             unsafe fn dot(w: &Self::Weights, act: &Self::Act, sum: Sum) -> Sum;
         }
 
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn to_half_and_back(x: f32) -> f32 {
+            _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x))))
+        }
+
         #[target_feature(enable = $features)]
         unsafe fn prepare<F: Format>(n_in: usize, act: *const f32, out: *mut u8) {
             use $crate::cold::rows::{BLOCK, LEAST_HALF, Quantized};

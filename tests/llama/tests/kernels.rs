@@ -67,16 +67,22 @@ fn check(llama: &llama_tests::Exclusive, about: &TestModel) -> Result<Option<Str
         return if same { Ok(None) } else { Err(format!("{name}: no kernel, and other numbers")) };
     };
     // Last bits decide which way activations are rounded to 8 bits in the next layer, and which of two experts that are
-    // nearly equal is chosen: one is no better than the other. The same weights in F32 tell who is farther off.
+    // nearly equal is chosen: 1% in the trained model. What is wrong with a kernel is as large as the logits.
+    let between = quantiles(errors(&schedule, &expected.logits, &run.logits));
+    let rounds_as_ggml = !kernels.contains("_K") && !kernels.contains("iq4_xs");
+    if rounds_as_ggml && (between.0 > 0.02 || between.1 > 0.05) {
+        return Err(format!(
+            "{name}: {:.1e} from ggml in the middle, 90% below {:.1e}",
+            between.0, between.1
+        ));
+    }
+    // One is no better than the other. The same weights in F32 tell who is farther off.
     let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
     let floats = dir.path().join("f32.gguf");
     quantize(&about.file, &floats, "F32")?;
     let exact = llama.load(&floats, LoadOptions::default())?;
     let exact = compare::stock(llama, &exact, &schedule).map_err(|e| format!("{name} in F32: {e}"))?;
-    let off = |run: &compare::Run| {
-        let errors = errors(&schedule, &exact.logits, &run.logits);
-        (errors[errors.len() / 2], errors[errors.len() * 9 / 10])
-    };
+    let off = |run: &compare::Run| quantiles(errors(&schedule, &exact.logits, &run.logits));
     let (ours, theirs) = (off(&run), off(&expected));
     let figures = format!(
         "{name}, {kernels}: off by {:.1e} in the middle, 90% by less than {:.1e}; ggml {:.1e} and {:.1e}",
@@ -91,8 +97,13 @@ fn check(llama: &llama_tests::Exclusive, about: &TestModel) -> Result<Option<Str
 
 /// As much farther than ggml two equals may be by chance, in the middle and where 90% are below: that is up to the few rows
 /// for which a router chose other experts, which differ from run to run with the slots (7.7e-2 against 8e-2 to 1.1e-1 in
-/// one model). What is wrong with a kernel is as large as the logits.
+/// one model).
 const FARTHER: (f64, f64) = (1.15, 2.0);
+
+/// Of sorted errors the one in the middle, and the one that 90% are below.
+fn quantiles(errors: Vec<f64>) -> (f64, f64) {
+    (errors[errors.len() / 2], errors[errors.len() * 9 / 10])
+}
 
 /// Writes a model with other weights.
 fn quantize(from: &Path, to: &Path, weights: &str) -> Result<(), String> {
