@@ -119,11 +119,9 @@ impl Case {
         let m = ggml.matrix(weights.as_ptr(), ty, n_in, n_out);
         let act_type = ggml.traits(ty).vec_dot_type;
         let rows: Vec<_> = weights.chunks_exact(m.row_bytes).map(|row| ggml.values(ty, row, n_in)).collect();
-        let sizes: Vec<Vec<f32>> = rows.iter().map(|row| row.iter().map(|w| w.abs()).collect()).collect();
-        let sizes = acts
-            .iter()
-            .flat_map(|act| exact(&sizes, &act.iter().map(|x| f64::from(x.abs())).collect::<Vec<_>>()));
-        let sizes = sizes.collect();
+        let unsigned = |x: &[f32]| x.iter().map(|x| x.abs()).collect::<Vec<f32>>();
+        let magnitudes: Vec<_> = rows.iter().map(|row| unsigned(row)).collect();
+        let sizes = acts.iter().flat_map(|act| exact(&magnitudes, &wide(&unsigned(act)))).collect();
         let (mut true_sums, mut with_ggml, mut with_cuda) = (Vec::new(), Vec::new(), Vec::new());
         for act in &acts {
             let mut converted = vec![0u8; m.act_row_bytes];
@@ -136,13 +134,9 @@ impl Case {
         Case { weights, acts, n_out, true_sums, with_ggml, with_cuda, sizes }
     }
 
-    fn matrix(&self, ggml: &Ggml, ty: i32) -> Matrix {
-        ggml.matrix(self.weights.as_ptr(), ty, self.acts[0].len(), self.n_out)
-    }
-
     /// What ggml's dot product computes, and what our kernels do.
     fn computed(&self, ggml: &Ggml, ty: i32) -> (Vec<f64>, Vec<(&'static str, Vec<f64>)>) {
-        let m = self.matrix(ggml, ty);
+        let m = ggml.matrix(self.weights.as_ptr(), ty, self.acts[0].len(), self.n_out);
         let with = |kernel| wide(&products(&Matrix { kernel, ..m }, &self.acts).concat());
         (with(None), kernels(&m).into_iter().map(|k| (k.name, with(Some(k)))).collect())
     }

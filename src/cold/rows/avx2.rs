@@ -481,23 +481,6 @@ impl Format for Q8_0 {
     }
 }
 
-/// The activation of a k-quant's 256 weights, block by block.
-#[repr(C, align(64))]
-struct Super {
-    q: [__m256i; 8],
-    scale: [f32; 8],
-}
-
-impl Super {
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn new(act: &Quantized) -> Self {
-        // SAFETY: there are 8 blocks.
-        let q = unsafe { act.q.as_ptr().cast::<[__m256i; 8]>().read_unaligned() };
-        Super { q, scale: act.scale }
-    }
-}
-
 /// The activation of 256 weights of q4_K or q5_K.
 #[repr(C, align(64))]
 struct WithSums {
@@ -505,43 +488,6 @@ struct WithSums {
     scale: __m256,
     /// What a block adds up to is what its minimum is multiplied with.
     sums: __m256,
-}
-
-/// The weights of q6_K and their scales.
-struct Scaled {
-    q: [__m256i; 8],
-    /// 16 bits each: in each half of the register those of that half of each `q`.
-    scales: __m256i,
-    d: __m256,
-}
-
-/// Bytes of one 16-bit number for all of a half of a register.
-const WORD: [[i8; 32]; 8] = {
-    let mut out = [[0; 32]; 8];
-    let mut i = 0;
-    while i < 8 * 32 {
-        out[i / 32][i % 32] = (i / 32 * 2 + i % 2) as i8;
-        i += 1;
-    }
-    out
-};
-
-impl Scaled {
-    /// The sum of pairs of products by their scales; `pairs` gives those of a block, in 16 bits. What the scale of a block
-    /// is multiplied with are whole numbers and exact.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn sum(&self, act: &Super, pairs: impl Fn(usize) -> __m256i) -> __m256 {
-        // two chains of sums are half as long
-        let mut sums = [_mm256_setzero_ps(); 2];
-        for i in 0..8 {
-            // SAFETY: the index has 32 bytes.
-            let scale = _mm256_shuffle_epi8(self.scales, unsafe { load(WORD[i].as_ptr().cast()) });
-            let term = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs(i), scale));
-            sums[i % 2] = _mm256_fmadd_ps(term, _mm256_set1_ps(act.scale[i]), sums[i % 2]);
-        }
-        _mm256_add_ps(sums[0], sums[1])
-    }
 }
 
 /// The weights of q4_K or q5_K. Scales and minimums are those of blocks.
@@ -664,12 +610,33 @@ const EVEN_FIRST: [u8; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 
 
 struct Q6K;
 
-/// Weights are 32 less than their bits say, which takes this away from pairs of products, in 16 bits.
+/// The activation of 256 weights of q6_K.
 #[repr(C, align(64))]
 struct WithOffset {
-    act: Super,
+    q: [__m256i; 8],
+    scale: [f32; 8],
+    /// Weights are 32 less than their bits say, which takes this away from pairs of products, in 16 bits.
     less: [__m256i; 8],
 }
+
+/// The weights of q6_K and their scales.
+struct Scaled {
+    q: [__m256i; 8],
+    /// 16 bits each: in each half of the register those of that half of each `q`.
+    scales: __m256i,
+    d: __m256,
+}
+
+/// Bytes of one 16-bit number for all of a half of a register.
+const WORD: [[i8; 32]; 8] = {
+    let mut out = [[0; 32]; 8];
+    let mut i = 0;
+    while i < 8 * 32 {
+        out[i / 32][i % 32] = (i / 32 * 2 + i % 2) as i8;
+        i += 1;
+    }
+    out
+};
 
 /// 128 weights of q6_K: low nibbles of 64 bytes, then their high ones; the two bits above them of weight k of each
 /// 32 in byte k, from the lowest up.
@@ -698,12 +665,13 @@ impl Format for Q6K {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn prepare(act: &Quantized) -> WithOffset {
-        let act = Super::new(act);
-        let mut less = [_mm256_setzero_si256(); 8];
-        for (less, q) in less.iter_mut().zip(&act.q) {
-            *less = _mm256_maddubs_epi16(_mm256_set1_epi8(32), *q);
+        // SAFETY: there are 8 blocks.
+        let q = unsafe { act.q.as_ptr().cast::<[__m256i; 8]>().read_unaligned() };
+        let mut less = q;
+        for less in &mut less {
+            *less = _mm256_maddubs_epi16(_mm256_set1_epi8(32), *less);
         }
-        WithOffset { act, less }
+        WithOffset { q, scale: act.scale, less }
     }
 
     #[inline]
@@ -725,9 +693,17 @@ impl Format for Q6K {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn dot(w: &Scaled, WithOffset { act, less }: &WithOffset, sum: Sum) -> Sum {
-        let pairs = |i: usize| _mm256_sub_epi16(_mm256_maddubs_epi16(w.q[i], act.q[i]), less[i]);
-        sum.add(w.sum(act, pairs), w.d)
+    unsafe fn dot(w: &Scaled, act: &WithOffset, sum: Sum) -> Sum {
+        // two chains of sums are half as long
+        let mut sums = [_mm256_setzero_ps(); 2];
+        for i in 0..8 {
+            let pairs = _mm256_sub_epi16(_mm256_maddubs_epi16(w.q[i], act.q[i]), act.less[i]);
+            // SAFETY: the index has 32 bytes.
+            let scale = _mm256_shuffle_epi8(w.scales, unsafe { load(WORD[i].as_ptr().cast()) });
+            let term = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, scale));
+            sums[i % 2] = _mm256_fmadd_ps(term, _mm256_set1_ps(act.scale[i]), sums[i % 2]);
+        }
+        sum.add(_mm256_add_ps(sums[0], sums[1]), w.d)
     }
 }
 
