@@ -19,7 +19,10 @@ use std::{
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ggml::Ggml;
 use moe_hot::{
-    cold::{Activation, ColdRow, Engine, Layer, Matrix, rows::RowKernel},
+    cold::{
+        Activation, ColdRow, Engine, Layer, Matrix,
+        rows::{Numerics, RowKernel},
+    },
     ffi,
     ggml::ggml_tensor,
 };
@@ -59,7 +62,7 @@ fn cold(c: &mut Criterion, ggml: &Ggml) {
         let data: Vec<u8> = (0..n_expert * expert).map(|i| 0x60 + (i % 7) as u8).collect();
         let at = |part: usize| data[part * n_expert * expert / 3..].as_ptr();
         let m = ggml.matrix(at(0), ty, N_EMBD, N_FF);
-        let kernels = RowKernel::all(ty, N_EMBD, m.row_bytes).map(Some);
+        let kernels = RowKernel::all(ty, N_EMBD, m.row_bytes, Numerics::Cuda).map(Some);
         let mut group = c.benchmark_group(format!("cold/{name}"));
         for kernel in std::iter::once(None).chain(kernels) {
             let matrix = |part, n_in, n_out| Matrix { kernel, ..ggml.matrix(at(part), ty, n_in, n_out) };

@@ -17,7 +17,7 @@ use std::{
 
 use ggml::Ggml;
 use moe_hot::{
-    cold::{Activation, ColdRow, Engine, Layer, WorkerPool, placement::Placement, probe},
+    cold::{Activation, ColdRow, Engine, Layer, WorkerPool, placement::Placement, probe, rows::Numerics},
     measure,
 };
 
@@ -62,7 +62,7 @@ fn layers(ggml: &Ggml, ty: i32, data: &[u8], ours: bool) -> Vec<Layer> {
             activation: Activation::Gated(product),
         };
         if ours {
-            layer.matrices_mut().for_each(|m| m.use_row_kernel());
+            layer.matrices_mut().for_each(|m| m.use_row_kernel(Numerics::Cuda));
         }
         layer
     };

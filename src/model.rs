@@ -21,6 +21,7 @@ use crate::{
         Engine, Layer, Matrix, WorkerPool,
         placement::Placement,
         probe::{self, Reading},
+        rows::Numerics,
     },
     config::{AutoOff, Config, Kernels},
     device::{Device, SlotMemory, cuda, host},
@@ -378,7 +379,8 @@ impl Model {
         let max_tokens = self.largest_ubatch(&offers, &device);
         let mut layers: Vec<Layer> = offers.layers.iter().map(|o| o.layer.clone()).collect();
         if self.uses_row_kernels(&device) {
-            layers.iter_mut().flat_map(Layer::matrices_mut).for_each(Matrix::use_row_kernel);
+            let numerics = if device.is_gpu() { Numerics::Cuda } else { Numerics::Best };
+            layers.iter_mut().flat_map(Layer::matrices_mut).for_each(|m| m.use_row_kernel(numerics));
         }
         let mut by_key: BTreeMap<ClassKey, Vec<usize>> = BTreeMap::new();
         for (i, l) in layers.iter().enumerate() {

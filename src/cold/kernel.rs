@@ -2,7 +2,7 @@
 
 use std::ffi::{c_int, c_void};
 
-use super::rows::{RowKernel, Rows};
+use super::rows::{Numerics, RowKernel, Rows};
 
 /// ggml's dot product of one weight row with one converted activation row
 /// (`ggml_type_traits_cpu.vec_dot`, always with `nrc = 1` and strides 0).
@@ -58,8 +58,8 @@ impl Matrix {
     }
 
     /// Uses our kernel for the type on this CPU, if there is one. Before the first activation is converted.
-    pub fn use_row_kernel(&mut self) {
-        self.kernel = RowKernel::find(self.ty, self.n_in, self.row_bytes);
+    pub fn use_row_kernel(&mut self, numerics: Numerics) {
+        self.kernel = RowKernel::find(self.ty, self.n_in, self.row_bytes, numerics);
     }
 
     /// Prefetches `ahead` bytes before they are read, if the experts are large enough for that.

@@ -6,15 +6,16 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Quantized, RowKernel};
+use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Numerics, Q8_0_BYTES, Quantized, RowKernel};
 use crate::ggml;
 
 pub fn is_available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
-pub fn kernel(ty: i32) -> Option<RowKernel> {
+pub fn kernel(ty: i32, numerics: Numerics) -> Option<RowKernel> {
     Some(match ty as u32 {
+        ggml::GGML_TYPE_Q4_0 if numerics == Numerics::Cuda => of::<Q4_0AsCuda>("q4_0 avx2"),
         ggml::GGML_TYPE_Q4_0 => of::<Q4_0>("q4_0 avx2"),
         ggml::GGML_TYPE_IQ4_NL => of::<Iq4Nl>("iq4_nl avx2"),
         ggml::GGML_TYPE_MXFP4 => of::<Mxfp4>("mxfp4 avx2"),
@@ -89,9 +90,8 @@ impl Sum {
     /// Adds two products to each other first: the chain of sums is half as long, and so is what it rounds away.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn add_both(self, products: [__m256i; 2], scales: [__m256; 2]) -> Self {
-        let second = _mm256_mul_ps(_mm256_cvtepi32_ps(products[1]), scales[1]);
-        let both = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[0]), scales[0], second);
+    fn add_both(self, products: [__m256; 2], scales: [__m256; 2]) -> Self {
+        let both = _mm256_fmadd_ps(products[0], scales[0], _mm256_mul_ps(products[1], scales[1]));
         Sum { products: _mm256_add_ps(self.products, both), ..self }
     }
 
@@ -108,6 +108,12 @@ impl Sum {
         let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
         _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two))) as f32
     }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn floats(x: [__m256i; 2]) -> [__m256; 2] {
+    [_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])]
 }
 
 #[inline]
@@ -244,7 +250,7 @@ impl Moved {
             _mm256_add_epi32(Moved::pair_sums(w.q[0], self.q[0]), self.correction[0]),
             _mm256_add_epi32(Moved::pair_sums(w.q[1], self.q[1]), self.correction[1]),
         ];
-        sum.add_both(products, scales(&w.scale, &self.scale))
+        sum.add_both(floats(products), scales(&w.scale, &self.scale))
     }
 }
 
@@ -332,6 +338,52 @@ impl Format for Q4_0 {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn dot(w: &Nibbles, act: &Moved, sum: Sum) -> Sum {
         act.dot(w, sum)
+    }
+}
+
+/// q4_0 with the sums of CUDA's kernel.
+struct Q4_0AsCuda;
+
+/// As `Moved`, for weights that are taken as they are.
+#[repr(C, align(64))]
+struct MovedAsCuda {
+    q: [[__m256i; 2]; 2],
+    scale: [__m256; 2],
+    /// What the offset of the weights adds to a lane, negated.
+    correction: [__m256; 2],
+}
+
+impl Format for Q4_0AsCuda {
+    const N: usize = Q4_0::N;
+    const BYTES: usize = Q4_0::BYTES;
+    type Act = MovedAsCuda;
+    type Weights = Nibbles;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn prepare(act: &Quantized) -> MovedAsCuda {
+        let (q, scale) = four_blocks(act);
+        // four lanes have a block
+        let [a, b, c, d, ..] = act.sum.map(|sum| -f32::from(Q4_0::OFFSET) / 4.0 * sum);
+        MovedAsCuda { q, scale, correction: [lanes(a, b), lanes(c, d)] }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode(w: *const u8) -> Nibbles {
+        // SAFETY: passed on.
+        unsafe { Q4_0::decode(w) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dot(w: &Nibbles, act: &MovedAsCuda, sum: Sum) -> Sum {
+        let [a, b] = floats([Moved::pair_sums(w.q[0], act.q[0]), Moved::pair_sums(w.q[1], act.q[1])]);
+        let products = [
+            _mm256_fmadd_ps(a, act.scale[0], act.correction[0]),
+            _mm256_fmadd_ps(b, act.scale[1], act.correction[1]),
+        ];
+        sum.add_both(products, w.scale)
     }
 }
 
@@ -426,7 +478,7 @@ impl Format for Iq4Nl {
             Signed::products_of_both(&act.q[0], &w.q[0], ones),
             Signed::products_of_both(&act.q[1], &w.q[1], ones),
         ];
-        sum.add_both(products, scales(&w.scale, &act.scale))
+        sum.add_both(floats(products), scales(&w.scale, &act.scale))
     }
 }
 
@@ -477,7 +529,7 @@ impl Format for Q8_0 {
             pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w.q[i]), _mm256_sign_epi8(act.q[i], w.q[i])))
         };
         let act_scale = [_mm256_set1_ps(act.scale[0]), _mm256_set1_ps(act.scale[1])];
-        sum.add_both([products(0), products(1)], scales(&w.scale, &act_scale))
+        sum.add_both(floats([products(0), products(1)]), scales(&w.scale, &act_scale))
     }
 }
 

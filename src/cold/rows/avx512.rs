@@ -7,15 +7,16 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Q8_0_BYTES, Quantized, RowKernel};
+use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Numerics, Q8_0_BYTES, Quantized, RowKernel};
 use crate::ggml;
 
 pub fn is_available() -> bool {
     is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni")
 }
 
-pub fn kernel(ty: i32) -> Option<RowKernel> {
+pub fn kernel(ty: i32, numerics: Numerics) -> Option<RowKernel> {
     Some(match ty as u32 {
+        ggml::GGML_TYPE_Q4_0 if numerics == Numerics::Cuda => of::<Q4_0AsCuda>("q4_0 avx512"),
         ggml::GGML_TYPE_Q4_0 => of::<Q4_0>("q4_0 avx512"),
         ggml::GGML_TYPE_IQ4_NL => of::<Iq4Nl>("iq4_nl avx512"),
         ggml::GGML_TYPE_MXFP4 => of::<Mxfp4>("mxfp4 avx512"),
@@ -268,6 +269,51 @@ four_blocks!(Q4_0, Q4_BYTES, 8, |w| Nibbles {
     q: nibbles(pieces::<Q4_BYTES>(w.add(2))),
     scale: q4_scales(w)
 });
+
+/// q4_0 with the sums of CUDA's kernel.
+struct Q4_0AsCuda;
+
+/// As `FourBlocks`, for weights that are taken as they are.
+#[repr(C, align(64))]
+struct FourBlocksAsCuda {
+    low: __m512i,
+    high: __m512i,
+    scale: __m512,
+    /// What the offset of the weights adds to a lane, negated.
+    correction: __m512,
+}
+
+impl Format for Q4_0AsCuda {
+    const N: usize = Q4_0::N;
+    const BYTES: usize = Q4_0::BYTES;
+    type Act = FourBlocksAsCuda;
+    type Weights = Nibbles;
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn prepare(act: &Quantized) -> FourBlocksAsCuda {
+        // SAFETY: passed on.
+        let FourBlocks { low, high, scale, .. } = unsafe { Q4_0::prepare(act) };
+        // four lanes have a block
+        let [a, b, c, d, ..] = act.sum.map(|sum| -8.0 / 4.0 * sum);
+        FourBlocksAsCuda { low, high, scale, correction: lanes([a, b, c, d]) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn decode(w: *const u8) -> Nibbles {
+        // SAFETY: passed on.
+        unsafe { Q4_0::decode(w) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512vnni")]
+    unsafe fn dot(w: &Nibbles, act: &FourBlocksAsCuda, sum: Sum) -> Sum {
+        let products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.q[0], act.low);
+        let products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(products, w.q[1], act.high));
+        sum.add(_mm512_fmadd_ps(products, act.scale, act.correction), w.scale)
+    }
+}
 
 four_blocks!(Iq4Nl, Q4_BYTES, TABLE_OFFSET, |w| Nibbles {
     q: values(&IQ4_VALUES, nibbles(pieces::<Q4_BYTES>(w.add(2)))),

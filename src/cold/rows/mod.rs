@@ -9,11 +9,10 @@
 //!   faster from a cache and slower from memory: the hardware prefetcher loses the streams.)
 //! - Weights are decoded once for all activations.
 //!
-//! Activations are rounded as ggml's CUDA kernels round them ([`Quantized`]): every 32 elements have a scale. For most
-//! types an expert in a slot and the same expert on the CPU then differ only by the order in which blocks are added up,
-//! and for k-quants and iq4_xs, for which ggml's CPU kernels have a scale for every 256 elements, that is nearer to the
-//! activation. One thing of CUDA's is not taken over: for the offset of q4_0 it sums the elements before they are
-//! rounded, which makes the error of the products three times as large.
+//! Activations are rounded as ggml's CUDA kernels round them ([`Quantized`]): every 32 elements have a scale. An expert
+//! in a slot and the same expert on the CPU then differ only by the order in which blocks are added up, and for k-quants
+//! and iq4_xs, for which ggml's CPU kernels have a scale for every 256 elements, that is nearer to the activation. For
+//! q4_0 the two exclude each other, and [`Numerics`] says which is wanted.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -43,6 +42,18 @@ pub struct Rows {
     pub ahead: usize,
 }
 
+/// Whose sums a kernel computes. They differ for q4_0, whose weights are `d * (q - 8)`: ggml's CUDA kernel takes the 8
+/// times the sum of the activations as they were before they were rounded, which makes the error of a product three
+/// times as large.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numerics {
+    /// Those with the smallest error.
+    Best,
+    /// CUDA's, with their error: where the GPU computes some experts and the CPU others, what an expert gives does not
+    /// depend on where it is.
+    Cuda,
+}
+
 /// The kernel of one weight type.
 #[derive(Clone, Copy, Debug)]
 pub struct RowKernel {
@@ -59,18 +70,23 @@ pub struct RowKernel {
 impl RowKernel {
     /// The fastest kernel for rows of `n_in` weights of type `ty` on this CPU. `row_bytes` is what ggml says of a row:
     /// a format that is not the one that kernels know gets none.
-    pub fn find(ty: i32, n_in: usize, row_bytes: usize) -> Option<RowKernel> {
-        RowKernel::all(ty, n_in, row_bytes).next()
+    pub fn find(ty: i32, n_in: usize, row_bytes: usize, numerics: Numerics) -> Option<RowKernel> {
+        RowKernel::all(ty, n_in, row_bytes, numerics).next()
     }
 
     /// As `find`, all that this CPU can run, the fastest first.
-    pub fn all(ty: i32, n_in: usize, row_bytes: usize) -> impl Iterator<Item = RowKernel> {
+    pub fn all(
+        ty: i32,
+        n_in: usize,
+        row_bytes: usize,
+        numerics: Numerics,
+    ) -> impl Iterator<Item = RowKernel> {
         let known = Format::of(ty)
             .is_some_and(|f| n_in.is_multiple_of(f.block) && n_in / f.block * f.bytes == row_bytes);
         SETS.iter()
             .filter(move |_| known)
             .filter(|set| (set.is_available)())
-            .filter_map(move |set| (set.kernel)(ty))
+            .filter_map(move |set| (set.kernel)(ty, numerics))
     }
 
     /// Prepares an activation.
@@ -98,7 +114,7 @@ impl RowKernel {
 /// Kernels that need the same instructions.
 struct InstructionSet {
     is_available: fn() -> bool,
-    kernel: fn(i32) -> Option<RowKernel>,
+    kernel: fn(i32, Numerics) -> Option<RowKernel>,
 }
 
 /// The fastest first.
@@ -149,12 +165,14 @@ struct Quantized {
     q: [i8; BLOCKS * BLOCK],
     /// The largest element of a block / 127, in half precision.
     scale: [f32; BLOCKS],
+    /// What the elements of a block added up to before they were rounded, in half precision.
+    sum: [f32; BLOCKS],
 }
 
 impl Quantized {
-    const ZERO: Self = Quantized { q: [0; BLOCKS * BLOCK], scale: [0.0; BLOCKS] };
+    const ZERO: Self = Quantized { q: [0; BLOCKS * BLOCK], scale: [0.0; BLOCKS], sum: [0.0; BLOCKS] };
 
-    /// What the elements of each block add up to.
+    /// What the rounded elements of each block add up to.
     #[inline]
     fn sums(&self) -> [f32; BLOCKS] {
         let mut out = self.scale;
@@ -163,6 +181,22 @@ impl Quantized {
         }
         out
     }
+}
+
+/// What the elements of a block add up to, in the order of a warp's `__shfl_xor_sync`.
+///
+/// # Safety
+/// There are 32.
+#[inline(always)]
+unsafe fn warp_sum(x: *const f32) -> f32 {
+    // SAFETY: the caller has them.
+    let mut x = unsafe { x.cast::<[f32; BLOCK]>().read_unaligned() };
+    for n in [16, 8, 4, 2, 1] {
+        for i in 0..n {
+            x[i] += x[i + n];
+        }
+    }
+    x[0]
 }
 
 /// The least number that half precision has with all of its digits.
@@ -221,25 +255,26 @@ macro_rules! row_loops {
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn to_half_and_back(x: f32) -> f32 {
-            _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x))))
+        fn in_half_precision(x: f32) -> f32 {
+            let half = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(x))));
+            // what half precision has too few digits for stays as it is
+            if x.abs() < $crate::cold::rows::LEAST_HALF || half.is_infinite() { x } else { half }
         }
 
         #[target_feature(enable = $features)]
         unsafe fn prepare<F: Format>(n_in: usize, act: *const f32, out: *mut u8) {
-            use $crate::cold::rows::{BLOCK, LEAST_HALF, Quantized};
+            use $crate::cold::rows::{BLOCK, Quantized, warp_sum};
             let out = out.cast::<F::Act>();
             for s in 0..n_in.div_ceil(F::N) {
                 let first = s * F::N;
                 let mut step = Quantized::ZERO;
                 for b in 0..F::N.min(n_in - first) / BLOCK {
                     // SAFETY: the caller has `n_in` elements, whole blocks of them.
-                    let scale =
-                        unsafe { quantize(act.add(first + b * BLOCK), step.q[b * BLOCK..].as_mut_ptr()) };
-                    let half = to_half_and_back(scale);
-                    // what half precision has too few digits for stays as it is
-                    let keeps = scale < LEAST_HALF || half.is_infinite();
-                    step.scale[b] = if keeps { scale } else { half };
+                    let (scale, sum) = unsafe {
+                        let block = act.add(first + b * BLOCK);
+                        (quantize(block, step.q[b * BLOCK..].as_mut_ptr()), warp_sum(block))
+                    };
+                    (step.scale[b], step.sum[b]) = (in_half_precision(scale), in_half_precision(sum));
                 }
                 // SAFETY: the caller has `act_bytes` of room.
                 unsafe { out.add(s).write(F::prepare(&step)) };

@@ -7,7 +7,10 @@ mod outlook;
 use std::path::{Path, PathBuf};
 
 use moe_hot::{
-    cold::{placement::Placement, rows::RowKernel},
+    cold::{
+        placement::Placement,
+        rows::{Numerics, RowKernel},
+    },
     device::{
         cuda::{self, look, measure},
         host,
@@ -100,7 +103,7 @@ struct ModelReport {
 fn row_kernels() -> Vec<&'static str> {
     let kernel = |&(ty, _): &(i32, &str)| {
         let (block, bytes) = gguf::block(ty)?;
-        RowKernel::find(ty, ROW as usize, (ROW / block * bytes) as usize).map(|k| k.name)
+        RowKernel::find(ty, ROW as usize, (ROW / block * bytes) as usize, Numerics::Cuda).map(|k| k.name)
     };
     ggml::TYPE_NAMES.iter().filter_map(kernel).collect()
 }
