@@ -1,5 +1,5 @@
-//! What a policy costs the decode thread: one observed token and one plan, at the size of a 48-layer
-//! model with 128 experts a layer, 8 used, 32 slots a layer.
+//! What a policy costs: one observed token and one plan, and a ubatch of a prompt, at the size of a 48-layer model with
+//! 128 experts a layer, 8 used, 32 slots a layer.
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use moe_hot::policy::{self, Key, Limits, PolicyKind, PoolShape, Routed};
@@ -11,6 +11,14 @@ const SHAPE: PoolShape =
 fn token(t: u32) -> Vec<Vec<u16>> {
     let expert = |l: u32, k: u32| ((t / 16 + l * 7 + (t * (k + 3) + l) % 40) % 128) as u16;
     (0..48).map(|l| (0..8).map(|k| expert(l, k)).collect()).collect()
+}
+
+const PROMPT_TOKENS: u32 = 512;
+
+/// Likewise a ubatch, `ids[layer]` of all its tokens.
+fn prompt(from: u32) -> Vec<Vec<u16>> {
+    let tokens: Vec<_> = (from..from + PROMPT_TOKENS).map(token).collect();
+    (0..48).map(|l| tokens.iter().flat_map(|t| t[l].clone()).collect()).collect()
 }
 
 fn bench(c: &mut Criterion) {
@@ -34,6 +42,10 @@ fn bench(c: &mut Criterion) {
         c.bench_function(&format!("policy/{kind}/observe"), |b| b.iter(|| step(false)));
         c.bench_function(&format!("policy/{kind}/observe+plan"), |b| {
             b.iter_batched(|| (), |()| step(true), BatchSize::SmallInput);
+        });
+        let ids = prompt(t);
+        c.bench_function(&format!("policy/{kind}/prompt of {PROMPT_TOKENS}"), |b| {
+            b.iter(|| policy.observe_prompt(Routed { n_tokens: PROMPT_TOKENS, sequences: &[], ids: &ids }));
         });
     }
 }

@@ -897,6 +897,10 @@ impl Model {
     pub(crate) fn prompt_end(&self, usage: &StepUsage) {
         let a = self.pool();
         a.control.lock().observe(a, Phase::Prompt, usage);
+        // in host memory the threads of the graph have all cores
+        if a.device.is_gpu() {
+            a.planner.work_aside();
+        }
     }
 
     /// Waits until no swap is under way. For tests and orderly ends; decode never calls it.

@@ -4,15 +4,23 @@
 //! are worked off by [`Planner::work`], which the bridge calls once the ubatch's graph has been launched:
 //! the calling thread has nothing else to do until the device is done. A plan that is wished for at a
 //! boundary takes effect at the next one, however long the policy takes, so a replay decides as the run
-//! did; when it is not made by then, the boundary makes it.
+//! did; when it is not made by then, the boundary makes it, and nothing else: what was routed since can wait.
+//!
+//! A prompt on the stock graph keeps the calling thread, which copies experts layer by layer, but no other: there a
+//! thread of its own does the work ([`Planner::work_aside`]).
 
-use std::{collections::VecDeque, time::Instant};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    thread::{Builder, JoinHandle},
+    time::Instant,
+};
 
 use crate::{
     log::{Level, log},
     policy::{Key, Limits, Policy, PoolShape, Routed, Swap},
     sync::{
-        Mutex,
+        Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
     warm::Keeper,
@@ -76,24 +84,32 @@ struct Worker {
     ids: Vec<Vec<u16>>,
 }
 
-/// The policies of a model's classes, and what they have not been told yet.
-pub struct Planner {
+struct Shared {
     queue: Mutex<VecDeque<Event>>,
     /// Locked before `queue`, for as long as a policy works.
     worker: Mutex<Worker>,
     worked_us: AtomicU64,
 }
 
+/// The policies of a model's classes, and what they have not been told yet.
+pub struct Planner {
+    shared: Arc<Shared>,
+    /// The thread of [`Planner::work_aside`].
+    aside: Mutex<Option<JoinHandle<()>>>,
+}
+
 impl Planner {
     /// With the policies of all classes, and who counts for the next run.
     pub fn new(classes: Vec<ClassPolicy>, keeper: Option<Keeper>) -> Self {
         let worker = Worker { classes, plan: None, keeper, told: false, ids: Vec::new() };
-        Planner { queue: Mutex::default(), worker: Mutex::new(worker), worked_us: AtomicU64::new(0) }
+        let shared =
+            Shared { queue: Mutex::default(), worker: Mutex::new(worker), worked_us: AtomicU64::new(0) };
+        Planner { shared: Arc::new(shared), aside: Mutex::new(None) }
     }
 
     /// Tells the policy of a class the uses by token that an earlier run found, before anything is observed.
     pub fn warm(&self, class: usize, uses: impl Iterator<Item = (Key, f32)>) {
-        let ClassPolicy { shape, policy, .. } = &mut self.worker.lock().classes[class];
+        let ClassPolicy { shape, policy, .. } = &mut self.shared.worker.lock().classes[class];
         let mut heat = vec![0.0; shape.n_keys()];
         for (key, uses) in uses {
             heat[shape.index(key)] = uses;
@@ -103,40 +119,39 @@ impl Planner {
 
     /// Tells the policies what a ubatch routed.
     pub fn observe(&self, observed: Observed) {
-        self.queue.lock().push_back(Event::Observed(observed));
+        self.shared.queue.lock().push_back(Event::Observed(observed));
     }
 
     /// Wishes for a plan, one request by class, made from what has been observed so far.
     pub fn request(&self, requests: Vec<Request>) {
-        self.queue.lock().push_back(Event::Plan(requests));
+        self.shared.queue.lock().push_back(Event::Plan(requests));
     }
 
     /// Does all that is queued.
     pub fn work(&self) {
-        let mut worker = self.worker.lock();
-        let start = Instant::now();
-        let mut worked = false;
-        loop {
-            // not held while a policy works: boundaries of other contexts add to it
-            let Some(event) = self.queue.lock().pop_front() else { break };
-            worker.handle(event);
-            worked = true;
+        drop(self.shared.work(|_| false));
+    }
+
+    /// Has a thread of its own do all that is queued. What is queued later the next who works does, if not that thread.
+    pub fn work_aside(&self) {
+        let mut aside = self.aside.lock();
+        if aside.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            return;
         }
-        if worked {
-            self.worked_us.fetch_add(start.elapsed().as_micros() as u64, Ordering::Relaxed);
-        }
+        let shared = self.shared.clone();
+        // without a thread the next who works does it
+        *aside = Builder::new().name("moe-hot-plan".into()).spawn(move || drop(shared.work(|_| false))).ok();
     }
 
     /// The plan that was wished for, by class; makes it when it is not there yet. `None` without a wish.
     pub fn take(&self) -> Option<Vec<Vec<Swap>>> {
-        self.work();
-        self.worker.lock().plan.take()
+        self.shared.work(|worker| worker.plan.is_some()).plan.take()
     }
 
     /// Another policy for all classes: what it is to know it learns from now on. What was queued is for the one before.
     pub fn replace(&self, build: impl Fn(PoolShape) -> Box<dyn Policy>, n_slots: &[usize]) {
         self.work();
-        let mut worker = self.worker.lock();
+        let mut worker = self.shared.worker.lock();
         for (class, n_slots) in worker.classes.iter_mut().zip(n_slots) {
             class.shape.n_slots = *n_slots as u32;
             class.policy = build(class.shape);
@@ -146,7 +161,7 @@ impl Planner {
 
     /// Whether all policies have found that swaps gain nothing.
     pub fn gave_up(&self) -> bool {
-        self.worker.lock().classes.iter().all(|c| c.policy.gave_up())
+        self.shared.worker.lock().classes.iter().all(|c| c.policy.gave_up())
     }
 
     /// Writes the profile of the run now; where it is.
@@ -155,14 +170,42 @@ impl Planner {
     /// Says that there is none, or why it cannot be written.
     pub fn save_profile(&self) -> Result<String, String> {
         self.work();
-        let keeper = &mut self.worker.lock().keeper;
+        let keeper = &mut self.shared.worker.lock().keeper;
         let keeper = keeper.as_mut().ok_or("there is no --moe-hot-profile-out to save to")?;
         keeper.save().map(|path| path.display().to_string())
     }
 
     /// Time that the policies have worked, in us.
     pub fn worked_us(&self) -> u64 {
-        self.worked_us.load(Ordering::Relaxed)
+        self.shared.worked_us.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Planner {
+    fn drop(&mut self) {
+        // a profile is written where the policies end: not in a thread that the end of the process would cut off
+        if let Some(thread) = self.aside.lock().take() {
+            _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Works on what is queued, in its order, until there is no more of it or `enough` says so.
+    fn work(&self, enough: impl Fn(&Worker) -> bool) -> MutexGuard<'_, Worker> {
+        let mut worker = self.worker.lock();
+        let start = Instant::now();
+        let mut worked = false;
+        while !enough(&worker) {
+            // not held while a policy works: boundaries of other contexts add to it
+            let Some(event) = self.queue.lock().pop_front() else { break };
+            worker.handle(event);
+            worked = true;
+        }
+        if worked {
+            self.worked_us.fetch_add(start.elapsed().as_micros() as u64, Ordering::Relaxed);
+        }
+        worker
     }
 }
 
@@ -251,8 +294,23 @@ mod tests {
             p.observe(routed(&[&[5, 6]]));
             let plan = p.take().expect("was wished for");
             assert_eq!(admitted(&plan[0]), [1, 2]);
+            assert_eq!(p.shared.queue.lock().len(), 1, "a boundary does no more than it must");
             assert!(p.take().is_none(), "taken once");
         }
+    }
+
+    #[test]
+    fn a_thread_of_its_own_does_what_is_queued() {
+        let p = planner(1);
+        for ids in [&[1, 2], &[3, 4]] {
+            p.observe(routed(&[ids]));
+            p.work_aside();
+            let thread = p.aside.lock().take().expect("a thread");
+            thread.join().unwrap();
+            assert!(p.shared.queue.lock().is_empty());
+        }
+        p.request(vec![request()]);
+        assert_eq!(admitted(&p.take().expect("was wished for")[0]), [3, 4]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod real {
         thread,
     };
 
-    pub use parking_lot::{Condvar, Mutex};
+    pub use parking_lot::{Condvar, Mutex, MutexGuard};
 
     /// As that of `std`, with loom's way to reach what is in it.
     #[derive(Default)]
