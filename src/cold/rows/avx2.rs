@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Numerics, Q8_0_BYTES, Quantized, RowKernel};
+use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Numerics, Q4_0_OFFSET, Q8_0_BYTES, Quantized, RowKernel};
 use crate::ggml;
 
 pub fn is_available() -> bool {
@@ -310,10 +310,6 @@ unsafe fn four_nibbles<const STRIDE: usize>(at: *const u8) -> [[__m256i; 2]; 2] 
 
 struct Q4_0;
 
-impl Q4_0 {
-    const OFFSET: i8 = 8;
-}
-
 impl Format for Q4_0 {
     const N: usize = 4 * 32;
     const BYTES: usize = 4 * Q4_BYTES;
@@ -324,7 +320,7 @@ impl Format for Q4_0 {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn prepare(act: &Quantized) -> Moved {
         const { assert!(15 <= Moved::MAX) };
-        Moved::new(act, Q4_0::OFFSET)
+        Moved::new(act, Q4_0_OFFSET)
     }
 
     #[inline]
@@ -356,6 +352,7 @@ struct MovedAsCuda {
 impl Format for Q4_0AsCuda {
     const N: usize = Q4_0::N;
     const BYTES: usize = Q4_0::BYTES;
+    const ELEMENT_SUMS: bool = true;
     type Act = MovedAsCuda;
     type Weights = Nibbles;
 
@@ -363,8 +360,7 @@ impl Format for Q4_0AsCuda {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn prepare(act: &Quantized) -> MovedAsCuda {
         let (q, scale) = four_blocks(act);
-        // four lanes have a block
-        let [a, b, c, d, ..] = act.sum.map(|sum| -f32::from(Q4_0::OFFSET) / 4.0 * sum);
+        let [a, b, c, d, ..] = act.q4_0_corrections();
         MovedAsCuda { q, scale, correction: [lanes(a, b), lanes(c, d)] }
     }
 

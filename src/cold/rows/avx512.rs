@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Numerics, Q8_0_BYTES, Quantized, RowKernel};
+use super::{BLOCK, IQ4_VALUES, MXFP4_VALUES, Numerics, Q4_0_OFFSET, Q8_0_BYTES, Quantized, RowKernel};
 use crate::ggml;
 
 pub fn is_available() -> bool {
@@ -204,14 +204,21 @@ fn lanes<const N: usize>(values: [f32; N]) -> __m512 {
     unsafe { _mm512_loadu_ps(spread::<_, N, 16>(values).as_ptr()) }
 }
 
+/// Activations in the order of `Nibbles`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vnni")]
+fn four_blocks(act: &Quantized) -> ([__m512i; 2], __m512) {
+    let q: *const u8 = act.q.as_ptr().cast();
+    let [a, b, c, d, ..] = act.scale;
+    // SAFETY: these are the first four blocks.
+    (unsafe { [pieces::<BLOCK>(q), pieces::<BLOCK>(q.add(16))] }, lanes([a, b, c, d]))
+}
+
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vnni")]
 fn prepare_nibbles(act: &Quantized, offset: i32) -> FourBlocks {
-    let q: *const u8 = act.q.as_ptr().cast();
-    // SAFETY: these are the first four blocks.
-    let (low, high) = unsafe { (pieces::<BLOCK>(q), pieces::<BLOCK>(q.add(16))) };
-    let [a, b, c, d, ..] = act.scale;
-    FourBlocks { low, high, correction: correction([low, high], offset), scale: lanes([a, b, c, d]) }
+    let ([low, high], scale) = four_blocks(act);
+    FourBlocks { low, high, correction: correction([low, high], offset), scale }
 }
 
 #[inline]
@@ -265,7 +272,7 @@ macro_rules! four_blocks {
     };
 }
 
-four_blocks!(Q4_0, Q4_BYTES, 8, |w| Nibbles {
+four_blocks!(Q4_0, Q4_BYTES, Q4_0_OFFSET.into(), |w| Nibbles {
     q: nibbles(pieces::<Q4_BYTES>(w.add(2))),
     scale: q4_scales(w)
 });
@@ -286,16 +293,15 @@ struct FourBlocksAsCuda {
 impl Format for Q4_0AsCuda {
     const N: usize = Q4_0::N;
     const BYTES: usize = Q4_0::BYTES;
+    const ELEMENT_SUMS: bool = true;
     type Act = FourBlocksAsCuda;
     type Weights = Nibbles;
 
     #[inline]
     #[target_feature(enable = "avx512bw,avx512vnni")]
     unsafe fn prepare(act: &Quantized) -> FourBlocksAsCuda {
-        // SAFETY: passed on.
-        let FourBlocks { low, high, scale, .. } = unsafe { Q4_0::prepare(act) };
-        // four lanes have a block
-        let [a, b, c, d, ..] = act.sum.map(|sum| -8.0 / 4.0 * sum);
+        let ([low, high], scale) = four_blocks(act);
+        let [a, b, c, d, ..] = act.q4_0_corrections();
         FourBlocksAsCuda { low, high, scale, correction: lanes([a, b, c, d]) }
     }
 

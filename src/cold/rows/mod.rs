@@ -49,8 +49,8 @@ pub struct Rows {
 pub enum Numerics {
     /// Those with the smallest error.
     Best,
-    /// CUDA's, with their error: where the GPU computes some experts and the CPU others, what an expert gives does not
-    /// depend on where it is.
+    /// CUDA's, with their error: where the GPU computes some experts and the CPU others, what an expert gives depends on
+    /// where it is by no more than the order in which blocks are added up.
     Cuda,
 }
 
@@ -150,6 +150,9 @@ impl Format {
     }
 }
 
+/// The nibble of q4_0 that stands for 0.
+const Q4_0_OFFSET: i8 = 8;
+
 /// `block_q8_0`: a scale in half precision, 32 bytes.
 const Q8_0_BYTES: usize = 2 + 32;
 
@@ -165,12 +168,19 @@ struct Quantized {
     q: [i8; BLOCKS * BLOCK],
     /// The largest element of a block / 127, in half precision.
     scale: [f32; BLOCKS],
-    /// What the elements of a block added up to before they were rounded, in half precision.
+    /// What the elements of a block added up to before they were rounded, in half precision; 0 for formats that do not
+    /// ask for it.
     sum: [f32; BLOCKS],
 }
 
 impl Quantized {
     const ZERO: Self = Quantized { q: [0; BLOCKS * BLOCK], scale: [0.0; BLOCKS], sum: [0.0; BLOCKS] };
+
+    /// What the offset of q4_0's weights adds as CUDA's kernel sums it, negated: for each of the four lanes of a block.
+    #[inline]
+    fn q4_0_corrections(&self) -> [f32; BLOCKS] {
+        self.sum.map(|sum| f32::from(-Q4_0_OFFSET) / 4.0 * sum)
+    }
 
     /// What the rounded elements of each block add up to.
     #[inline]
@@ -240,6 +250,8 @@ macro_rules! row_loops {
             const N: usize;
             /// Its bytes in a row.
             const BYTES: usize;
+            /// Whether `prepare` looks at `Quantized::sum`.
+            const ELEMENT_SUMS: bool = false;
             /// The prepared activation of a step; all of them are aligned to 64 bytes.
             type Act;
             /// The weights of a step in registers.
@@ -270,11 +282,14 @@ macro_rules! row_loops {
                 let mut step = Quantized::ZERO;
                 for b in 0..F::N.min(n_in - first) / BLOCK {
                     // SAFETY: the caller has `n_in` elements, whole blocks of them.
-                    let (scale, sum) = unsafe {
+                    unsafe {
                         let block = act.add(first + b * BLOCK);
-                        (quantize(block, step.q[b * BLOCK..].as_mut_ptr()), warp_sum(block))
-                    };
-                    (step.scale[b], step.sum[b]) = (in_half_precision(scale), in_half_precision(sum));
+                        let scale = quantize(block, step.q[b * BLOCK..].as_mut_ptr());
+                        step.scale[b] = in_half_precision(scale);
+                        if F::ELEMENT_SUMS {
+                            step.sum[b] = in_half_precision(warp_sum(block));
+                        }
+                    }
                 }
                 // SAFETY: the caller has `act_bytes` of room.
                 unsafe { out.add(s).write(F::prepare(&step)) };
